@@ -8,7 +8,7 @@ import time
 import pytest
 
 from longhaul.checks import core_speed
-from longhaul.checks.core_speed import CoreSpeed, core_speed_rows, measure_all_nodes, measure_slowest_core
+from longhaul.checks.core_speed import CoreSpeed, core_speed_rows, is_judged, measure_all_nodes, measure_slowest_core
 from longhaul.checks.hardware_checks import hardware_rows
 from tests.support.node_hardware import HEALTHY_CORES, environment_job
 from tests.unit.checks.test_hardware_checks import nodes
@@ -62,6 +62,22 @@ def test_a_core_that_does_not_work_for_the_job_is_slow(monkeypatch: pytest.Monke
     monkeypatch.setattr(core_speed.hashlib, "pbkdf2_hmac", lambda *arguments: time.sleep(0.6))
     found = measure_slowest_core()
     assert found.rate < 0.01 and found.run_share < 0.2
+
+
+def test_a_run_on_one_or_two_nodes_without_gpus_measures_nothing():
+    """Nothing would be judged."""
+    judged = [is_judged(nodes, owns_cores) for nodes, owns_cores in ((1, False), (2, False), (3, False), (1, True))]
+    assert judged == [False, False, True, True]
+    found = [{key: value for key, value in node.items() if key != "core_speed"} for node in nodes()]
+    assert "slowest core of the job" not in [row["check"] for row in hardware_rows(found, environment_job())]
+
+
+def test_a_core_that_the_kernel_pins_no_thread_to_is_measured(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*arguments: object) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(core_speed.os, "sched_setaffinity", refuse)
+    assert measure_slowest_core().rate > 0
 
 
 def test_the_measurement_leaves_the_cores_of_the_process_as_they_were():

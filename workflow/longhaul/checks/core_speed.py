@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
@@ -20,6 +21,8 @@ from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 _WINDOW_S = 0.5
 _ROUNDS_PER_CALL = 5000
 """About 2 ms of SHA-256 without Python's lock, so that the threads of all cores run at once."""
+_BYTES = bytes(32)
+"""OpenSSL in FIPS mode refuses shorter passwords and salts."""
 _FAILED_SHARE, _SLOW_SHARE = 0.3, 0.8
 """Shares of the nodes' median below which a node fails, and warns. It also warns of a core that works less of the time."""
 _REMEDY = (
@@ -53,10 +56,11 @@ def measure_slowest_core() -> CoreSpeed:
 
 
 def _measure_core(core: int, found: list[CoreSpeed]) -> None:
-    os.sched_setaffinity(0, {core})  # 0 is this thread alone
+    with suppress(OSError):  # the scheduler then spreads the threads over the cores
+        os.sched_setaffinity(0, {core})  # 0 is this thread alone
     started, cpu_started, calls = time.perf_counter(), time.thread_time(), 0
     while (elapsed_s := time.perf_counter() - started) < _WINDOW_S:
-        hashlib.pbkdf2_hmac("sha256", b"password", b"salt", _ROUNDS_PER_CALL)
+        hashlib.pbkdf2_hmac("sha256", _BYTES, _BYTES, _ROUNDS_PER_CALL)
         calls += 1
     run_share = (time.thread_time() - cpu_started) / elapsed_s
     found.append(CoreSpeed(core, calls * _ROUNDS_PER_CALL / elapsed_s / 1e6, run_share))
@@ -83,8 +87,13 @@ def _usual_rate(speeds: Sequence[CoreSpeed]) -> float:
     return statistics.median(speed.rate for speed in speeds) if len(speeds) >= FEWEST_COMPARED_NODES else 0.0
 
 
+def is_judged(nodes: int, owns_cores: bool) -> bool:
+    """Return whether core_speed_rows judges anything; owns_cores as there."""
+    return owns_cores or nodes >= FEWEST_COMPARED_NODES
+
+
 def core_speed_rows(speeds: Mapping[str, CoreSpeed], owns_cores: bool) -> Iterator[CheckRow]:
-    """Yield a row per node.
+    """Yield a row per node. speeds: node -> its slowest core; empty where nothing was measured
 
     owns_cores: the job has the cores for itself, as on GPU nodes. Virtual hosts share theirs, and warn of nothing.
     """

@@ -20,7 +20,7 @@ from longhaul.artifacts.node_results import append_node_results
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
 from longhaul.checks.connection_checks import connection_rows, failed_pairs, nodes_without_connections
-from longhaul.checks.core_speed import measure_all_nodes
+from longhaul.checks.core_speed import is_judged, measure_all_nodes
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
 from longhaul.checks.judge_measurements import EXACT_PRODUCTS
 from longhaul.checks.node_connections import Connections, connect_to_others
@@ -60,7 +60,8 @@ def run(job: EnvironmentSpec) -> None:
         return
     with process_group(rank, "gloo", _TIMEOUT_S, store=store):
         facts |= {"clock_skew_s": _clock_skew_s(rank), **_shared_folder_times(rank, Path(job.folder))}
-        facts |= {"core_speed": measure_all_nodes(lambda own: _gather(own, rank))[rank.rank]}
+        if is_judged(job.nodes, owns_cores=job.build != "cpu"):
+            facts |= {"core_speed": measure_all_nodes(lambda own: _gather(own, rank))[rank.rank]}
         nodes = _gather(facts, rank)
     if rank.is_main:
         _judge(nodes, job, connection_rows(found))

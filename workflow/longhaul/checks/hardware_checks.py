@@ -10,7 +10,7 @@ from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_checks import amd_rows
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, merge_equal_rows, warn_if
 from longhaul.checks.compare_rates_with_limits import RateLimits
-from longhaul.checks.core_speed import core_speed_rows
+from longhaul.checks.core_speed import CoreSpeed, core_speed_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.judge_measurements import measurement_rows
 from longhaul.checks.network_interfaces import InterfaceFacts
@@ -55,13 +55,17 @@ def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     rows = [
         *measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job))),
         *_gpu_rows(nodes, job),
-        *core_speed_rows({node["host"]: node["core_speed"] for node in nodes}, owns_cores=job.build != "cpu"),
+        *core_speed_rows(_core_speeds(nodes), owns_cores=job.build != "cpu"),
         *(_port_rows(nodes, job) if len(nodes) > 1 else ()),
         *(pcie_rows({node["host"]: node["hardware"] for node in nodes}) if job.build != "cpu" else ()),
         *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
         *_equality_rows(nodes),
     ]
     return merge_equal_rows(rows)
+
+
+def _core_speeds(nodes: Nodes) -> dict[str, CoreSpeed]:
+    return {node["host"]: node["core_speed"] for node in nodes if "core_speed" in node}
 
 
 def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
