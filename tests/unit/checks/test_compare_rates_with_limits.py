@@ -63,6 +63,12 @@ def test_slow_gpu_is_named_and_a_very_slow_one_fails():
     )
 
 
+def test_gpu_whose_memory_is_five_percent_slow_is_named():
+    """Two healthy H200 differed by 1 %."""
+    found = rows(node(*(replace(GPU, device_copy_gb_per_s=rate) for rate in (2756.0, 2754.0))))
+    assert bad(found) == [("n4", "GPU 7", "copy on the GPU", "warn")]
+
+
 def test_host_copies_are_compared_with_the_same_gpu_of_other_nodes():
     """GPU 0 is far from the memory on every node. GPU 7 of one node lost half of its PCIe lanes."""
     far = replace(GPU, host_to_device_gb_per_s=25.0)
