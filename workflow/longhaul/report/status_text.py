@@ -106,12 +106,15 @@ class StageTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the widest table that fits."""
-        tables = [self._table(_LEFT_OUT_FIRST[:number]) for number in range(len(_LEFT_OUT_FIRST) + 1)]
         any_width = options.update(max_width=_ANY_WIDTH)
-        fitting = (t for t in tables if Measurement.get(console, any_width, t).maximum <= options.max_width)
-        yield next(fitting, tables[-1])
+        table = self._table()
+        for number in range(1, len(_LEFT_OUT_FIRST) + 1):
+            if Measurement.get(console, any_width, table).maximum <= options.max_width:
+                break
+            table = self._table(_LEFT_OUT_FIRST[:number])
+        yield table
 
-    def _table(self, left_out: tuple[str, ...]) -> Table:
+    def _table(self, left_out: tuple[str, ...] = ()) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         kept = [title for title in _COLUMNS if title not in left_out]
         for title in kept:
