@@ -178,6 +178,8 @@ def status(
     """
     from longhaul.scheduling.show_status import print_json, print_status, run_paths
 
+    if watch and as_json:
+        raise UserError("--watch repeats the text for people, and --json prints once", "use one of them")
     paths = run_paths(run)
     if as_json:
         print_json(paths)

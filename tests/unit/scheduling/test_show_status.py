@@ -107,6 +107,11 @@ def test_watch_in_a_pipe_prints_each_status_at_once(
     assert [text.count("Run r on site here: ") for text in printed] == [1, 1]
 
 
+def test_watch_of_json_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    assert "use one of them" in refused_message(capsys, "status", str(run.paths.folder), "--watch", "--json")
+
+
 def test_json_of_a_diverged_training_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = RunFolder(tmp_path, scheduler="local")
     with run.train(5).metrics.open("a") as metrics:
