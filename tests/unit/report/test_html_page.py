@@ -81,6 +81,18 @@ def test_the_summary_names_each_job_that_does_not_go_on(tmp_path: Path, monkeypa
         assert line in summary
 
 
+def test_the_summary_names_why_a_job_starts_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path, "local")
+    run.main_process()
+    invocation = run.paths.lease.read_text()
+    failure = Failure("transient", "a link was down", "", invocation=invocation, next_attempt="attempt 2 of 3")
+    failure.write(run.paths.job(TRAIN).failure)
+    assert "train-base failed, starts again: attempt 2 of 3: a link was down" in text_of(
+        render_page(read_run(run.paths.folder))
+    )
+
+
 @pytest.mark.parametrize("more_steps", [0, 5, 4000])
 @pytest.mark.parametrize("state", ["running", "failed", "done"])
 def test_summary_of_the_terminal_and_of_the_report_agree(
