@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from longhaul.artifacts.paths import JobId
 from longhaul.cli import main
 from longhaul.scheduling import show_status
 from longhaul.scheduling.show_status import run_paths
@@ -105,6 +106,24 @@ def test_watch_in_a_pipe_prints_each_status_at_once(
     with pytest.raises(SystemExit):
         main(["status", str(run.paths.folder), "--watch"])
     assert [text.count("Run r on site here: ") for text in printed] == [1, 1]
+
+
+def test_json_has_the_same_keys_from_the_start_to_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    plan, states = run.paths.plan.read_text(), {}
+    run.paths.plan.unlink()
+    run.main_process()
+    for moment in ("start", "training", "end"):
+        with pytest.raises(SystemExit) as ended:
+            main(["status", str(run.paths.folder), "--json"])
+        assert not ended.value.code
+        shown = json.loads(capsys.readouterr().out)
+        states[shown["state"]] = list(shown)
+        run.paths.plan.write_text(plan)
+        for job in (TRAIN, JobId("environment")):
+            run.state(job, "running" if moment == "start" else "done", job_id=None)
+    assert list(states) == ["starting", "running", "done"]
+    assert states["starting"] == states["running"] == states["done"]
 
 
 def test_watch_of_json_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
