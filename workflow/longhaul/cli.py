@@ -97,7 +97,7 @@ def plan(
     from longhaul.data.check_first_rows import check_inputs
     from longhaul.report.plan_json import plan_json
     from longhaul.report.plan_table import print_plan
-    from longhaul.report.planned_changes import change_lines, stage_changes
+    from longhaul.report.planned_changes import change_lines, removed_stages, stage_changes
     from longhaul.scheduling.check_site import check_run, print_answers
 
     made = _load_plan(config)
@@ -108,7 +108,7 @@ def plan(
     else:
         changes = stage_changes(made)
         print_plan(made)
-        print("\n".join(change_lines(changes)))
+        print("\n".join(change_lines(changes, removed=removed_stages(made))))
     if answers:
         print_answers(answers, f"each job of run {made.run}")
     if not all(answer.is_accepted for answer in answers):

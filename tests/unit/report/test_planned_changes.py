@@ -11,6 +11,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.paths import JobId, WeightsFolder
+from longhaul.cli import main
 from longhaul.errors import InputError, UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.report.planned_changes import (
@@ -21,6 +22,7 @@ from longhaul.report.planned_changes import (
     UNREADABLE,
     StageChange,
     change_lines,
+    removed_stages,
     stage_changes,
 )
 from tests.support.small_configs import plan_of
@@ -52,6 +54,21 @@ def test_unchanged_config_keeps_every_stage(folder: Path) -> None:
     changes = changes_of(folder)
     assert actions(changes) == [KEPT, KEPT] and changes[0].present == changes[0].planned
     assert change_lines(changes)[1] == "  stage base is kept: 10 steps are trained"
+
+
+def test_renamed_stage_is_named_with_the_weights_that_stay(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else a rename looks like a run that has trained nothing yet."""
+    renamed = {**EXPORTED, "stages.0.name": "first", "stages.1.from.stage": "first", "stages.1.name": "second"}
+    plan = plan_of(folder, renamed, SITE)
+    removed = removed_stages(plan)
+    assert list(removed) == ["base", "chat"]
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(folder / "run.yaml")])
+    assert not ended.value.code
+    printed = capsys.readouterr().out
+    assert "Compared with the results of this run:\n  stage first trains for the first time" in printed
+    assert f"  stage base is not in the config. Its weights {removed['base'].name} stay\n" in printed
+    assert removed_stages(plan_of(folder, EXPORTED, SITE)) == {}
 
 
 def test_without_results_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, cast
@@ -87,11 +87,28 @@ def stage_changes(plan: Plan) -> list[StageChange]:
     return list(found.values())
 
 
-def change_lines(changes: list[StageChange], new_title: str = "") -> list[str]:
+def removed_stages(plan: Plan) -> dict[str, Path]:
+    """Return stage -> its present weights folder, of trained stages that the config has no more, as after a rename."""
+    known = {stage.name for stage in plan.stages}
+    folders = sorted(plan.paths.stage("any").path.parent.glob("*/"))
+    found = {path.name: last_trained(plan.paths.stage(path.name).weights) for path in folders if path.name not in known}
+    return {stage: weights.path for stage, weights in found.items() if weights}
+
+
+def change_lines(
+    changes: list[StageChange], new_title: str = "", removed: Mapping[str, Path] | None = None
+) -> list[str]:
     """Return a line per stage, below a title. Where no stage has weights yet, the title is `new_title`; without it, no line."""
-    is_new = all(change.present is None and change.action != UNREADABLE for change in changes)
+    is_new = not removed and all(change.present is None and change.action != UNREADABLE for change in changes)
     title = new_title if is_new else "Compared with the results of this run:"
-    return [title, *(printable(f"  {_line(change)}") for change in changes)] if changes and title else []
+    lines = [
+        *map(_line, changes),
+        *(
+            f"stage {stage} is not in the config. Its weights {path.name} stay"
+            for stage, path in (removed or {}).items()
+        ),
+    ]
+    return [title, *(printable(f"  {line}") for line in lines)] if changes and title else []
 
 
 def _line(change: StageChange) -> str:

@@ -17,7 +17,7 @@ from longhaul.errors import printable
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.planning import Plan
 from longhaul.report.plan_json import planned_jobs
-from longhaul.report.planned_changes import KEPT, UNREADABLE, change_lines, stage_changes
+from longhaul.report.planned_changes import KEPT, UNREADABLE, change_lines, removed_stages, stage_changes
 
 TARGET_RULE = "all"
 NOTHING_TO_RUN = "Nothing to be done"
@@ -66,7 +66,7 @@ class DryRunLines:
             change for change in changes if change.stage in self._trained or change.action in (KEPT, UNREADABLE)
         ]
         return [
-            *change_lines(concerned, new_title="Stages:"),
+            *change_lines(concerned, new_title="Stages:", removed=removed_stages(self._plan)),
             jobs_to_run(self._stats, len(planned_jobs(self._plan))),
             "This was a dry run: nothing was started.",
         ]

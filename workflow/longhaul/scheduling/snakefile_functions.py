@@ -33,7 +33,7 @@ from longhaul.planning.evaluation_tasks import own_task
 from longhaul.planning.scale_test_sizes import scale_ladder
 from longhaul.planning.slurm_request import RESOURCE_KEYS
 from longhaul.report.plan_json import plan_json, planned_jobs
-from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, stage_changes
+from longhaul.report.planned_changes import AGAIN, KEPT, TRAINS, change_lines, removed_stages, stage_changes
 from longhaul.scheduling import check_disk_space as disk_space
 from longhaul.scheduling import retry_policy, slurm_client
 from longhaul.scheduling.cancelled_jobs import record_cancelled_wait
@@ -101,7 +101,7 @@ def _print_changes_and_warnings(plan: Plan) -> None:
     """
     changes = stage_changes(plan)
     if any(change.action != KEPT for change in changes) and not _has_own_dry_run():
-        for line in change_lines(changes):
+        for line in change_lines(changes, removed=removed_stages(plan)):
             print(line, file=sys.stderr, flush=True)
     kept = {change.stage for change in changes if change.action == KEPT}
     for warning in (text for stage in plan.stages if stage.name not in kept for text in stage.warnings):
