@@ -8,7 +8,6 @@ from pathlib import Path
 import datasets
 import evaluate
 import pytest
-from jinja2.exceptions import SecurityError
 from lm_eval.api.registry import get_metric
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
@@ -37,15 +36,32 @@ def test_load_dataset_is_restored_after_an_error():
     def fail(**options: object) -> None:
         raise ValueError(f"asked for {options['path']}")
 
-    with pytest.raises(ValueError, match="asked for org/quiz"):
+    with pytest.raises(UserError, match="ValueError: asked for org/quiz"):
         build_tasks(["quiz"], {"quiz": QUIZ}, fail)
     assert datasets.load_dataset is original
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"test_split": "tst"}, "KeyError: 'tst'"),
+        ({"docs_to_text": "a"}, "TypeError: .* unexpected keyword argument 'docs_to_text'"),
+        ({"dataset_kwargs": {"name": "en"}}, "TypeError: .* multiple values for keyword argument 'name'"),
+        ({"doc_to_text": "{{ nothing }}"}, "UndefinedError: 'nothing' is undefined"),
+        ({"output_type": "essay"}, "ValueError: Got invalid output_type 'essay'"),
+    ],
+)
+def test_a_task_whose_keys_are_wrong_is_named(keys: dict[str, object], message: str):
+    """lm_eval raises errors of many types. A KeyError was taken for the answer that it has no such task."""
+    rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "1", "b": "2"}])})
+    with pytest.raises(UserError, match=f"cannot build task quiz from its keys and its data: {message}"):
+        build_tasks(["quiz"], {"quiz": {**QUIZ, **keys}}, lambda path, name, **_: rows)
 
 
 def test_a_template_reaches_no_shell(tmp_path: Path):
     rows = datasets.DatasetDict({"test": datasets.Dataset.from_list([{"a": "1", "b": "2"}])})
     shell = f"{{{{ cycler.__init__.__globals__.os.system('touch {tmp_path}/done') }}}}"
-    with pytest.raises(SecurityError, match="is unsafe"):
+    with pytest.raises(UserError, match=r"SecurityError: .* is unsafe"):
         build_tasks(["quiz"], {"quiz": {**QUIZ, "doc_to_text": shell}}, lambda **_: rows)
     assert not (tmp_path / "done").exists()
     found = build_tasks(

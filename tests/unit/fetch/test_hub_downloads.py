@@ -9,14 +9,15 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.artifacts.task_data_lock import TaskDataLock
+from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock
 from longhaul.evaluation.offline_datasets import OfflineDatasets
 from tests.support.fake_hub import COMMIT, Hub
 from tests.support.pipeline_run import SECRETS, leaks
@@ -75,6 +76,7 @@ configs:
     "datasets/org/folders/dev/y.jsonl": '{"text": "m"}\n',
     "datasets/org/unsplit/anything.csv": "text\nn\n",
     "datasets/org/pictures/train/cat.png": "not text",
+    "datasets/org/broken/data/test-00000-of-00001.jsonl": '{"question": "1+1',
     "datasets/org/quiz/data/test-00000-of-00001.jsonl": '{"question": "1+1", "answer": "2"}\n',
     "datasets/org/scripted/scripted.py": "raise SystemExit('this code must not run')",
 }
@@ -199,16 +201,29 @@ metric_list: [{metric: chrf}]
 def test_data_of_an_evaluation_task_are_pinned_and_stored_for_jobs_without_a_network(
     tmp_path: Path, hub: Hub, fetch: Fetch
 ):
-    (tmp_path / "quiz.yaml").write_text(QUIZ)
-    stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
-    done = fetch(tmp_path, {"stages": [stage]})
+    """A task may name a repository, stream it, or name its files."""
+    file = "hf://datasets/org/quiz/data/test-00000-of-00001.jsonl"
+    as_files = QUIZ.replace("org/quiz", "json") + f"dataset_kwargs: {{data_files: {{test: ['{file}']}}}}\n"
+    texts = {"quiz": QUIZ, "streamed": QUIZ + "dataset_kwargs: {streaming: true}\n", "files": as_files}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text.replace("task: quiz", f"task: {name}"))
+    tasks = {"tasks": list(texts), "files": [f"{name}.yaml" for name in texts]}
+    done = fetch(tmp_path, {"stages": [{**STAGE, "export": "last", "evaluate": tasks}]})
     assert done.returncode == 0, done.stderr
     assert Lock.read(tmp_path / "results" / "small.lock.json").sources.keys() == {"tokenizer", "model", "prose"}
     (data,) = TaskDataLock.read(tmp_path / "results/small/task_data/base/quiz.json").datasets
     assert data["revision"] == COMMIT and data["path"].startswith("results/small/task_data/base/quiz/")
     hub.serve_only(tmp_path / "nothing")
-    stored = OfflineDatasets([{**data, "path": str(tmp_path / data["path"])}], tmp_path / "cache")
-    assert stored.load(path="org/quiz", name=None)["test"]["answer"] == ["2"]
+    for task, path, options in (
+        ("quiz", "org/quiz", {}),
+        ("streamed", "org/quiz", {"streaming": True}),
+        ("files", "json", {"data_files": {"test": [file]}}),
+    ):
+        lock = TaskDataLock.read(tmp_path / f"results/small/task_data/base/{task}.json")
+        assert lock.revisions == [f"org/quiz@{COMMIT}"]
+        here = [{**data, "path": str(tmp_path / data["path"])} for data in lock.datasets]
+        stored = OfflineDatasets(cast("list[PinnedDataset]", here), tmp_path / "cache")
+        assert stored.load(path=path, name=None, **options)["test"]["answer"] == ["2"]
 
 
 def test_recorded_hashes_of_task_data_are_those_of_the_files_that_were_downloaded(
@@ -223,6 +238,10 @@ def test_recorded_hashes_of_task_data_are_those_of_the_files_that_were_downloade
     hub.served.clear()
     assert fetch(tmp_path, changes).returncode == 0
     assert TaskDataLock.read(path) == lock and hub.served == []
+    damaged = next((tmp_path / lock.datasets[0]["path"]).glob("test/data-*.arrow"))
+    damaged.write_text("damaged")
+    assert fetch(tmp_path, changes).returncode == 0
+    assert lock.datasets[0]["files"][f"test/{damaged.name}"] == file_sha256(damaged)
 
 
 def test_fetch_of_one_task_pins_nothing_else(tmp_path: Path, hub: Hub, fetch: Fetch):
@@ -239,11 +258,13 @@ def test_fetch_of_one_task_pins_nothing_else(tmp_path: Path, hub: Hub, fetch: Fe
     assert found == [(2, False, False), (0, False, True), (0, True, False)]
 
 
-def test_task_whose_data_the_hub_does_not_have(tmp_path: Path, fetch: Fetch):
-    (tmp_path / "quiz.yaml").write_text(QUIZ.replace("org/quiz", "org/none"))
+@pytest.mark.parametrize(("repository", "reason"), [("org/none", "404 Not Found"), ("org/broken", "JSON parse error")])
+def test_task_whose_data_cannot_be_downloaded(tmp_path: Path, fetch: Fetch, repository: str, reason: str):
+    (tmp_path / "quiz.yaml").write_text(QUIZ.replace("org/quiz", repository))
     stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
-    done = fetch(tmp_path, {"stages": [stage]})
-    assert done.returncode == 2 and "cannot download the data of task quiz" in done.stderr
+    done = fetch(tmp_path, {"stages": [stage]}, "--only", "base/quiz")
+    assert done.returncode == 2 and f"task quiz: cannot download the dataset {repository} of the Hub" in done.stderr
+    assert reason in done.stderr and "remedy: check its name" in done.stderr
     assert not list(tmp_path.glob("results/small/task_data/**/*.json"))
 
 
@@ -375,9 +396,19 @@ def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, fetch: Fetch, ch
     assert not (tmp_path / "results" / "small.lock.json").exists()
 
 
-def test_a_missing_network_is_reported(tmp_path: Path):
-    command = [sys.executable, "-m", "longhaul", "fetch", str(write_config(tmp_path, CONFIG))]
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        ("sources", "cannot fetch model org/base at v1 from the hub"),
+        ("base/quiz", "task quiz: cannot download the dataset org/quiz of the Hub: [Errno 111] Connection refused"),
+    ],
+)
+def test_a_missing_network_is_reported(tmp_path: Path, only: str, message: str):
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
+    config = write_config(tmp_path, {**CONFIG, "stages": [stage]})
+    command = [sys.executable, "-m", "longhaul", "fetch", str(config), "--only", only]
     variables = environment("http://127.0.0.1:9", tmp_path / "cache")
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "cannot fetch model org/base at v1 from the hub" in done.stderr, done.stderr
+    assert done.returncode == 2 and message in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +16,7 @@ from longhaul.artifacts.typed_json import Sha256
 
 LOCAL_FORMATS = ("json", "csv", "parquet", "text", "arrow")
 """Values of dataset_path with which `datasets` reads files instead of a repository of the Hub."""
+_FILE_OF_HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/")
 
 
 class PinnedDataset(TypedDict):
@@ -42,7 +45,8 @@ class TaskDataLock(Artifact):
     @property
     def revisions(self) -> list[str]:
         """The repositories and their commits: "<repository>@<commit>"."""
-        return sorted({f"{json.loads(data['request'])['path']}@{data['revision']}" for data in self.datasets})
+        requests = [(json.loads(data["request"]), data["revision"]) for data in self.datasets]
+        return sorted({f"{hub_source(request['path'], request)[0]}@{commit}" for request, commit in requests})
 
 
 def reads_local_files(path: str, options: dict[str, Any]) -> bool:
@@ -55,6 +59,34 @@ def named_files(options: dict[str, Any]) -> list[str]:
     named = options.get("data_files", [])
     values = list(named.values()) if isinstance(named, dict) else [named]
     return [str(file) for value in values for file in (value if isinstance(value, list | tuple) else [value])]
+
+
+def rename_files(named: Any, rename: Callable[[str], str]) -> Any:
+    """Return load_dataset's data_files with other names: a text, a list, or either of them by split."""
+    if isinstance(named, dict):
+        return {split: rename_files(files, rename) for split, files in named.items()}
+    if isinstance(named, list | tuple):
+        return [rename_files(file, rename) for file in named]
+    return rename(named) if isinstance(named, str) else named
+
+
+def hub_source(path: str, options: dict[str, Any]) -> tuple[str, str]:
+    """Return the repository of the Hub that load_dataset(path, **options) reads, and the revision that it asks for.
+
+    The repository is `path`, or that of the files hf://datasets/<owner>/<name>/<file>, which some tasks read as json or csv.
+    """
+    if path in LOCAL_FORMATS and (found := _FILE_OF_HUB.match(next(iter(named_files(options)), ""))):
+        return found["repository"], found["revision"] or "main"
+    return path, options.get("revision") or "main"
+
+
+def at_commit(path: str, options: dict[str, Any], commit: str) -> dict[str, Any]:
+    """Return options of load_dataset that read all of the data at a commit, also for a task that would stream them."""
+    whole = {key: value for key, value in options.items() if key != "streaming"}
+    if path not in LOCAL_FORMATS:
+        return whole | {"revision": commit}
+    pinned = rf"hf://datasets/\g<repository>@{commit}/"
+    return whole | {"data_files": rename_files(options["data_files"], lambda file: _FILE_OF_HUB.sub(pinned, file))}
 
 
 def dataset_request(path: str, name: str | None, options: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError, first_line
 
 
 def build_tasks(
@@ -24,7 +24,8 @@ def build_tasks(
 
     Raises:
         KeyError: lm_eval has no task or group of a name.
-        UserError: a task has a metric that is code of the Hub, or needs a package that is not installed.
+        UserError: a task has a metric that is code of the Hub, needs a package that is not installed, or its keys do not fit
+            each other or the data.
     """
     from lm_eval.tasks import TaskManager
 
@@ -34,7 +35,9 @@ def build_tasks(
     built: dict[str, list[Any]] = {}
     with _datasets_loaded_with(load_dataset):
         for name in names:
-            with _missing_packages_named(name), no_metrics_of_the_hub(name):
+            if name not in own and name not in manager.task_index:
+                raise KeyError(name)
+            with _missing_packages_named(name), no_metrics_of_the_hub(name), _wrong_keys_named(name):
                 found = manager.load([dict(own[name])] if name in own else [name])
             built[name] = list(found.get("groups", {}).values())[:1] or list(found["tasks"].values())
     return built
@@ -83,6 +86,20 @@ def _missing_packages_named(task: str) -> Iterator[None]:
             f"task {task} needs the package {error.name or error}, which lm_eval installs only with an extra",
             "pip install it where longhaul runs and in the job environment, or remove the task",
         ) from None
+
+
+@contextmanager
+def _wrong_keys_named(task: str) -> Iterator[None]:
+    """Raise InputError in place of what lm_eval raises for wrong keys: errors of many types, such as KeyError for a split."""
+    try:
+        yield
+    except (ImportError, OSError, UserError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"lm_eval cannot build task {task} from its keys and its data: {type(error).__name__}: {first_line(error)}",
+            "correct the task file; for a task of lm_eval, use another one",
+        ) from error
 
 
 @contextmanager

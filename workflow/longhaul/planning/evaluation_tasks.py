@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longhaul.artifacts.paths import RunPaths
-from longhaul.artifacts.task_data_lock import LOCAL_FORMATS, named_files, reads_local_files
+from longhaul.artifacts.task_data_lock import LOCAL_FORMATS, named_files, reads_local_files, rename_files
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.run_config import Config
 from longhaul.config.shipped_files import data_root
@@ -99,17 +99,11 @@ def _read_task_file(key: str, path: Path, run: str, _changed_ns: int) -> TaskFil
 def _name_run_in_data_files(config: dict[str, Any], run: str) -> dict[str, Any]:
     """Return a task's keys with the run's name for {run} in its data files: the demo's are below results/{run}."""
 
-    def named(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {split: named(files) for split, files in value.items()}
-        if isinstance(value, list):
-            return [named(file) for file in value]
-        return value.replace("{run}", run) if isinstance(value, str) else value
-
     options = config.get("dataset_kwargs") or {}
     if "data_files" not in options:
         return config
-    return {**config, "dataset_kwargs": {**options, "data_files": named(options["data_files"])}}
+    named = rename_files(options["data_files"], lambda file: file.replace("{run}", run))
+    return {**config, "dataset_kwargs": {**options, "data_files": named}}
 
 
 def _check_metrics(where: str, metrics: Any) -> None:
