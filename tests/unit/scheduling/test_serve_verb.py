@@ -82,6 +82,17 @@ def test_a_key_of_a_wrong_form_is_refused(tmp_path: Path):
     assert len(read_key_file(path)) == 64, "the earlier key stays"
 
 
+def test_a_key_is_refused_where_the_engine_takes_none(
+    tmp_path: Path, plan: Plan, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(serve_verb.KEY_VARIABLE, KEY)
+    with pytest.raises(
+        UserError, match="LONGHAUL_API_KEY is set, but engine transformers of site centre takes no API key"
+    ):
+        serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}), "base")
+    assert not slurm.submitted
+
+
 def test_an_earlier_failure_does_not_prevent_another_start(plan: Plan, slurm: FakeSlurm):
     failure = Path("results/small/jobs/serve-base/failure.json")
     failure.parent.mkdir(parents=True)

@@ -31,6 +31,7 @@ from longhaul.scheduling.read_job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError
 from longhaul.serving.api_key import keep_key
 from longhaul.serving.engine_version import check_packages_here
+from longhaul.serving.engines import ENGINES
 from longhaul.serving.run_server import server_of
 
 KEY_VARIABLE = "LONGHAUL_API_KEY"
@@ -42,12 +43,13 @@ def serve(plan: Plan, stage: str) -> None:
     """Submit the job that serves a stage's export, or become it on a machine without Slurm.
 
     Raises:
-        UserError: the stage has no export, the engine is missing, its server runs already, or Slurm refuses the job.
+        UserError: the stage has no export, the engine is missing or has no keys, its server runs, or Slurm refuses the job.
     """
     job = _job(plan, stage)
     _require_export(plan, stage)
     check_engine(plan.site)
     check_packages_here(plan.site.serving)
+    _require_key_has_effect(plan)
     _require_no_server(plan, job)
     folder = write_job_files(plan, job, Path.cwd())
     spec = _spec(plan, job)
@@ -143,6 +145,17 @@ def _require_export(plan: Plan, stage: str) -> None:
     if not path.exists():
         raise UserError(f"{path} does not exist: stage {stage} is not exported yet", f"longhaul run {plan.loaded.path}")
     Export.read(path)
+
+
+def _require_key_has_effect(plan: Plan) -> None:
+    """Raise UserError if the user wants a key, and the engine answers everybody."""
+    engine = plan.site.serving.engine
+    if KEY_VARIABLE in os.environ and not ENGINES[engine].accepts_key:
+        raise UserError(
+            f"{KEY_VARIABLE} is set, but engine {engine} of site {plan.site.name} takes no API key: it would answer everybody on "
+            "its node",
+            f"unset {KEY_VARIABLE}, or set serving.engine in the site file to vllm or sglang",
+        )
 
 
 def _require_no_server(plan: Plan, job: JobId) -> None:
