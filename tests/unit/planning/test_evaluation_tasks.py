@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
-from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, read_task_files, tasks_to_fetch
+from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, TASK_KEYS, read_task_files, tasks_to_fetch
 from longhaul.scheduling.snakefile_functions import fetch_key, task_data_key
 from tests.support.small_configs import plan_of
 
@@ -76,6 +77,30 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {"dataset_kwargs": ["quiz.jsonl"]},
             {},
             r"quiz.yaml: dataset_kwargs is \['quiz.jsonl'\] and no mapping",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"docs_to_text": "a"},
+            {},
+            "has the key docs_to_text, which tasks of lm_eval do not have",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"dataset_kwargs": {"data_dir": "data"}},
+            {},
+            "dataset_path is json, and dataset_kwargs has no data_files",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"dataset_path": "./data"},
+            {},
+            r"dataset_path \./data is no repository of the Hub",
+        ),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"dataset_kwargs": {"data_files": {"test": "https://a.example/b.jsonl"}}},
+            {},
+            r"reads https://a\.example/b\.jsonl, which has no revision to pin",
         ),
         ({"tasks": ["quiz", "quiz"]}, {}, {}, "tasks contains quiz twice"),
         ({"tasks": ["a/../b"]}, {}, {}, "a/../b"),
@@ -189,6 +214,12 @@ def test_task_data_are_pinned_again_for_other_data_and_not_for_another_prompt(tm
     plans = (planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task) for task in tasks)
     first, other_prompt, other_data = (task_data_key(plan, "chat", "quiz") for plan in plans)
     assert first == other_prompt != other_data
+
+
+def test_the_keys_of_tasks_are_those_of_the_installed_lm_eval():
+    from lm_eval.api.task import TaskConfig
+
+    assert {field.name for field in dataclasses.fields(TaskConfig)} == TASK_KEYS
 
 
 def test_the_allowed_metrics_are_those_of_the_installed_lm_eval():

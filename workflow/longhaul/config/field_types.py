@@ -47,9 +47,8 @@ SingleLine = Annotated[str, StringConstraints(pattern=SINGLE_LINE_PATTERN, max_l
 # A text never becomes a path or an argument: it may hold line breaks.
 Text = Annotated[str, StringConstraints(pattern=TEXT_PATTERN, max_length=4096)]
 SingleLineOrEmpty = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
-HubRepositoryId = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$", max_length=128)
-]
+HUB_REPOSITORY_PATTERN = r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$"
+HubRepositoryId = Annotated[str, StringConstraints(pattern=HUB_REPOSITORY_PATTERN, max_length=128)]
 
 # Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run without end.
 MAX_INTEGER = 10**15

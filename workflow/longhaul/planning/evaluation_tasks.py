@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from longhaul.artifacts.paths import RunPaths
 from longhaul.artifacts.task_data_lock import LOCAL_FORMATS, named_files, reads_local_files, rename_files
+from longhaul.config.field_types import HUB_REPOSITORY_PATTERN
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.run_config import Config
 from longhaul.config.shipped_files import data_root
@@ -20,6 +22,13 @@ EvaluatedModel = Literal["trained", "start"]
 SHIPPED_TASKS = data_root() / "config" / "evaluation"
 _CODE_KEYS = ("class", "custom_dataset", "include")
 # fmt: off
+TASK_KEYS = frozenset({
+    "custom_dataset", "dataset_kwargs", "dataset_name", "dataset_path", "description", "doc_to_audio", "doc_to_choice",
+    "doc_to_decontamination_query", "doc_to_image", "doc_to_target", "doc_to_text", "fewshot_config", "fewshot_delimiter",
+    "fewshot_split", "filter_list", "gen_prefix", "generation_kwargs", "metadata", "metric_list", "num_fewshot", "output_type",
+    "process_docs", "process_results", "repeats", "should_decontaminate", "tag", "target_delimiter", "task", "task_alias",
+    "test_split", "training_split", "unsafe_code", "use_prompt", "validation_split",
+})
 METRICS = frozenset({
     "acc", "acc_all", "acc_bytes", "acc_mutual_info", "acc_norm", "bits_per_byte", "bleu", "brier_score", "bypass",
     "byte_perplexity", "chrf", "chrf++", "exact_match", "f1", "likelihood", "mcc", "perplexity", "ter", "word_perplexity",
@@ -29,7 +38,8 @@ AGGREGATIONS = frozenset({
     "perplexity", "ter", "weighted_perplexity",
 })
 # fmt: on
-"""Names in the registries of lm_eval 0.4.13, which planning does not import. For other metrics, lm_eval runs code of the Hub."""
+"""Keys of a task, and names in the registries, of lm_eval 0.4.13, which planning does not import. For other metrics, lm_eval runs
+code of the Hub."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,7 @@ def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
 @cache
 def _read_task_file(key: str, path: Path, run: str, _changed_ns: int) -> TaskFile:
     """Read a task file once per process until it changes: a plan asks for each several times."""
-    config = read_yaml(path)
+    config: dict[str, Any] = read_yaml(path)
     task = config.get("task")
     if not isinstance(task, str):
         raise UserError(
@@ -91,9 +101,31 @@ def _read_task_file(key: str, path: Path, run: str, _changed_ns: int) -> TaskFil
             f"{key}: {path}: dataset_kwargs is {config['dataset_kwargs']!r} and no mapping",
             "write it as {data_files: FILE.jsonl}, for example",
         )
+    if unknown := sorted(set(map(str, config)) - TASK_KEYS):
+        raise UserError(
+            f"{key}: {path} has the key {unknown[0]}, which tasks of lm_eval do not have",
+            f"correct or remove it; the keys are {', '.join(sorted(TASK_KEYS - {'custom_dataset'}))}",
+        )
+    _check_data(f"{key}: {path}", config["dataset_path"], named_files(config.get("dataset_kwargs") or {}))
     _check_metrics(f"{key}: {path}", config.get("metric_list") or [])
     config = _name_run_in_data_files(config, run)
     return TaskFile(path, task, config, _local_files(config))
+
+
+def _check_data(where: str, dataset: str, files: list[str]) -> None:
+    """Raise UserError unless fetch can pin the data of a task, or the plan can list its local files."""
+    from_files = (
+        f"for files of this machine, use one of {', '.join(LOCAL_FORMATS)}, and name them in dataset_kwargs.data_files"
+    )
+    if dataset in LOCAL_FORMATS and not files:
+        raise UserError(f"{where}: dataset_path is {dataset}, and dataset_kwargs has no data_files", from_files)
+    if not re.fullmatch(HUB_REPOSITORY_PATTERN, dataset):
+        raise UserError(f"{where}: dataset_path {dataset} is no repository of the Hub", from_files)
+    if url := next((file for file in files if "://" in file and not file.startswith("hf://datasets/")), None):
+        raise UserError(
+            f"{where} reads {url}, which has no revision to pin",
+            "download it and give the path of the file, or name a file of the Hub: hf://datasets/OWNER/NAME/FILE",
+        )
 
 
 def _name_run_in_data_files(config: dict[str, Any], run: str) -> dict[str, Any]:
