@@ -53,7 +53,7 @@ wildcard_constraints:
     stage="|".join(stage.name for stage in PLAN.stages),
     dataset="|".join(sorted(PLAN.used_datasets)),
     model="trained|start",
-    task=r"[A-Za-z0-9_-]+",
+    task=r"[A-Za-z0-9._-]+",
     nodes=r"\d+",
     partition=r"\d+",
     partitions=r"\d+",

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
+from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import JobId
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_request, job_rerun_key, job_spec
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec, evaluation_inputs
 from longhaul.planning import Plan
 from longhaul.planning.evaluation_tasks import AGGREGATIONS, METRICS, TASK_KEYS, read_task_files, tasks_to_fetch
+from longhaul.scheduling.prune_results import find_old_results
 from longhaul.scheduling.snakefile_functions import fetch_key, task_data_key
 from tests.support.small_configs import plan_of
 
@@ -159,6 +161,15 @@ def test_every_task_of_every_model_is_a_job_that_waits_for_its_export(tmp_path: 
     assert (request.nodes, request.gpus_per_node, request.tasks, request.minutes) == (1, 2, 1, 30)
     assert evaluation_inputs(plan, jobs[3])[1:] == [Path("results/small/task_data/chat/arc_easy.json")]
     assert {Path(job_spec(plan, job).task_data or "local").stem for job in jobs} == {"local", "arc_easy"}  # type: ignore[attr-defined]
+
+
+def test_names_of_lm_eval_with_dots_and_of_many_characters_are_tasks_whose_logs_stay(tmp_path: Path):
+    """The longest name in lm_eval 0.4.13 has 86 characters."""
+    tasks = ["longproc_countdown_0.5k", f"arabic_{'x' * 79}"]
+    plan = planned(tmp_path, {"tasks": tasks})
+    for job in job_kinds()["evaluate"].jobs(plan):
+        write_text(plan.paths.attempt_logs(job).log(1), "text")
+    assert tasks_to_fetch(plan.loaded, plan.stage("chat").stage) == tasks and not find_old_results(plan)
 
 
 def test_a_task_of_the_user_changes_no_other_evaluation(tmp_path: Path):

@@ -6,10 +6,18 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from longhaul.config.field_types import FrozenModel, HardwareCount, Minutes, NonNegativeInt, PositiveInt, SingleLine
+from longhaul.config.field_types import (
+    TASK_NAME_PATTERN,
+    FrozenModel,
+    HardwareCount,
+    Minutes,
+    NonNegativeInt,
+    PositiveInt,
+    SingleLine,
+)
 
-# A TaskName becomes a file name, a Snakemake wildcard and a Slurm job name.
-TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+# A TaskName becomes a file name, a Snakemake wildcard and a Slurm comment. lm_eval has names with dots, and of 86 characters.
+TaskName = Annotated[str, StringConstraints(pattern=TASK_NAME_PATTERN)]
 
 
 class Evaluation(FrozenModel):

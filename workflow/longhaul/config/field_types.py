@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 HuggingFaceConfig = dict[str, Any]
 """A Hugging Face config.json, or a section of it. The types of its values depend on the model; transformers declares none."""
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$"
+TASK_NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 TEXT_PATTERN = r"^[^\x00-\x08\x0b-\x1f\x7f]+$"
 TOOLKIT_VERSION_PATTERN = r"^[0-9]{1,2}\.[0-9]{1,2}$"
@@ -18,6 +19,7 @@ SLURM_WORD_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%/+=-]*$"
 # Error messages show these descriptions in place of the regular expressions.
 PATTERN_DESCRIPTIONS = {
     NAME_PATTERN: "letters, digits, _ and -, at most 64 characters, starting with a letter or digit",
+    TASK_NAME_PATTERN: "letters, digits and ._-, at most 128 characters, starting with a letter or digit",
     SINGLE_LINE_PATTERN: "one line of text that is not empty",
     TEXT_PATTERN: "text that is not empty, without control characters other than line breaks and tabs",
     TOOLKIT_VERSION_PATTERN: "a version with two numbers, for example 13.0, in quotes",

@@ -164,7 +164,7 @@ def _old_logs(plan: Plan) -> Iterator[OldResult]:
         if path.relative_to(plan.paths.logs).with_suffix("").parts[0] not in kinds or path in known:
             continue
         attempts = AttemptLogs(path.parent).logs()
-        if path not in attempts or path.parent.with_suffix(".log") not in known:
+        if path not in attempts or path.parent.with_name(f"{path.parent.name}.log") not in known:
             reason = "the config has no such job"
         elif path not in attempts[-KEPT_ATTEMPTS:]:
             reason = f"older than the last {KEPT_ATTEMPTS} attempts"
