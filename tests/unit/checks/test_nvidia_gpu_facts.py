@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pynvml
 import pytest
 from pydantic import TypeAdapter
 
+from longhaul.checks import nvidia_gpu_facts
 from longhaul.checks.build_check_rows import merge_equal_rows, problem_lines, warning_lines
 from longhaul.checks.nvidia_gpu_checks import nvidia_rows
 from longhaul.checks.nvidia_gpu_facts import (
@@ -191,6 +193,18 @@ def test_nvml_that_cannot_count_the_gpus_is_reported(library: Path):
     """As after a GPU has fallen off the bus: nvmlInit works, and what follows does not."""
     (row,) = nvidia_rows({"n1": read(library, [healthy_gpu("H100", 0)], count=999)}, 1)
     assert (row["result"], row["value"]) == ("unknown", "not available: NVML: Unknown Error")
+
+
+def test_nvml_that_does_not_answer_fails_the_node(monkeypatch: pytest.MonkeyPatch):
+    """Nothing ends a call into a driver that hangs."""
+    ended = Event()
+    monkeypatch.setattr(nvidia_gpu_facts, "_NVML_S", 0.01)
+    monkeypatch.setattr(nvidia_gpu_facts, "_read_gpus", lambda *arguments: ended.wait(60))
+    (line,) = problem_lines(nvidia_rows({"n1": nvidia_gpu_facts.read_gpus()}, 1))
+    ended.set()
+    assert line.startswith(
+        "n1: state of the GPUs: NVML: no answer within 0.01 s, expected NVML answers; a GPU may hang"
+    )
 
 
 def test_function_that_an_older_nvidia_ml_py_lacks_is_an_unknown_value():

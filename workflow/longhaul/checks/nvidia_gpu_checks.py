@@ -75,7 +75,7 @@ def nvidia_rows(
     rows: list[CheckRow] = []
     for node, reading in readings.items():
         if reading.error:
-            rows.append(_no_nvml_row(Component(node), reading.error))
+            rows.append(_no_nvml_row(Component(node), reading))
         for index, reason in reading.lost.items():
             result, remedy = ("warn", _NOT_OF_JOB) if _is_complete(reading, gpus_per_node) else ("fail", _REPLACE)
             rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", result, remedy))
@@ -92,7 +92,11 @@ def nvidia_rows(
     return rows
 
 
-def _no_nvml_row(component: Component, error: str) -> CheckRow:
+def _no_nvml_row(component: Component, reading: GpuReading) -> CheckRow:
+    error = reading.error
+    if reading.hangs:
+        remedy = "a GPU may hang: drain the node, and restart it if nvidia-smi does not return either"
+        return component.row("state of the GPUs", error, "NVML answers", "fail", remedy)
     if _MISMATCH in error.lower():
         remedy = "restart the node, so that library and kernel module of the driver have one version"
         return component.row("NVIDIA driver", error, "usable", "fail", remedy)

@@ -12,7 +12,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from longhaul.checks.call_with_deadline import call_within
+
 MIB = 2**20
+_NVML_S = 30.0
+"""A GPU that hangs may keep a call into NVML for ever. 8 GPUs take less than a second."""
 SLOWDOWNS = {
     0x04: "software power cap",
     0x08: "hardware slowdown",
@@ -81,6 +85,7 @@ class GpuReading:
     """GPUs of this node.
 
     error: why NVML cannot be used; `gpus` is empty then
+    hangs: it does not answer
     lost:  index of a GPU that does not answer -> NVML's reason
     at_s:  time of the reading by the node's monotonic clock
     """
@@ -89,6 +94,7 @@ class GpuReading:
     error: str = ""
     lost: dict[int, str] = field(default_factory=dict)
     at_s: float = 0.0
+    hangs: bool = False
 
 
 def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReading:
@@ -96,6 +102,13 @@ def read_gpus(uuids: Collection[str] = (), is_loaded: bool = False) -> GpuReadin
 
     uuids: UUIDs of the GPUs that the job may use. NVML also shows the GPUs of other jobs, where Slurm does not hide them.
     """
+    try:
+        return call_within(_NVML_S, lambda: _read_gpus(uuids, is_loaded))
+    except TimeoutError as error:
+        return GpuReading([], f"NVML: {error}", hangs=True)
+
+
+def _read_gpus(uuids: Collection[str], is_loaded: bool) -> GpuReading:
     try:
         import pynvml
     except ImportError:
