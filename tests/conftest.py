@@ -48,6 +48,7 @@ GROUPS = {
 
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 ALL = ("all_faults", "all_layouts", "all_reshardings")
 """Options that --all implies."""
 
@@ -147,10 +148,10 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(autouse=True)
-def _own_signals_and_ranks() -> Generator[None]:
-    """Undo what a test does to signals that end processes, and to variables of ranks: later tests would have them."""
+def _own_signals_and_variables() -> Generator[None]:
+    """Undo what a test does to signals that end processes, and to variables that a job sets: later tests would have them."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    variables = {name: os.environ.get(name) for name in (*RANK_VARIABLES, *OFFLINE_VARIABLES)}
     yield
     for number, handler in handlers.items():
         if signal.getsignal(number) is not handler:

@@ -246,7 +246,7 @@ def test_export_is_evaluated_and_its_score_is_in_the_report(demo: PipelineRunOnC
     assert (
         score["value"] > 0 and score["standard_error"] > 0 and score["documents"] == result["settings"]["limit"] == 100
     )
-    cells = ("chat", task, metric, "100", f"{score['value']:.4g} ± {score['standard_error']:.2g}")
+    cells = ("chat", task, metric, "100", "–", f"{score['value']:.4g} ± {score['standard_error']:.2g}")
     row = "".join(f"<td>{cell}</td>" for cell in cells)
     assert row in (demo.results / "report.html").read_text()
 

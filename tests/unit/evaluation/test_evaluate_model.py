@@ -321,7 +321,7 @@ def test_pinned_data_stay_as_they_are_where_the_code_of_a_task_transforms_them(
 
 @pytest.mark.slow  # lm_eval reads its 14,000 task files to find a name
 def test_unknown_task_is_named(tmp_path: Path, exported: Path):
-    job = spec(tmp_path, exported).model_copy(update={"task": "quizz"})
+    job = spec(tmp_path, exported, task="quizz", own_task=None)
     with pytest.raises(UserError, match="has no task or group 'quizz'"):
         run(job)
 
