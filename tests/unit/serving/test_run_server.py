@@ -61,7 +61,7 @@ def test_a_server_listens_in_the_clusters_network_and_never_at_a_public_address(
 
 def test_an_address_that_the_node_does_not_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     name_resolves_to(monkeypatch, "198.51.100.7")  # for documentation: no host has it
-    message = rf"198\.51\.100\.7, the address of the first node n1, is none of {socket.gethostname()}: Cannot assign"
+    message = rf"198\.51\.100\.7, the address of the first node n1, is not an address of {socket.gethostname()}: Cannot assign"
     with pytest.raises(UserError, match=message) as error:
         run_server._listening_address(spec(tmp_path))
     assert "interconnect.master_address.interface" in error.value.hint

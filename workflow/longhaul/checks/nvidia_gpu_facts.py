@@ -29,7 +29,7 @@ PATHS = {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 """nvmlGpuTopologyLevel_t (nvml.h) -> the word of `nvidia-smi topo -m` for the path over PCIe between two GPUs."""
 NVLINK_ERRORS = {0: "replays", 1: "recoveries", 2: "CRC errors of flits", 3: "CRC errors of data"}
 """nvmlNvLinkErrorCounter_t (nvml.h) -> the kind of error, as in `nvidia-smi nvlink -e`. A sender sends again (replay), or trains
-the link anew (recovery); a receiver finds a wrong checksum in flow control or in data. NVML's sums of all links of a GPU,
+the link again (recovery); a receiver finds a wrong checksum in flow control or in data. NVML's sums of all links of a GPU,
 NVML_FI_DEV_NVLINK_*_ERROR_COUNT_TOTAL, stay 0 on Hopper (github.com/DataDog/datadog-agent/pull/55966). The counter of ECC errors
 (4) is not read: no source says how many a healthy link has."""
 CRC_ERRORS = (NVLINK_ERRORS[2], NVLINK_ERRORS[3])
