@@ -144,7 +144,7 @@ def _check_head_width(config: HuggingFaceConfig) -> None:
         return
     width, rotated = config["head_dim"], config.get("qk_rope_head_dim")
     if width is None and config["model_type"] != "llama":
-        raise ValueError("head_dim is None; it must be an integer, or not be there")
+        raise ValueError("head_dim is null; set it to an integer, or remove it")
     if has_latent_attention(config) and width != rotated:
         raise ValueError(f"head_dim is {width}; with latent attention it must be qk_rope_head_dim, {rotated}")
     if (width or 0) % 2:

@@ -113,8 +113,8 @@ def listening_address(nodes: int) -> str:
             probe.bind((address, 0))
         except OSError as error:
             raise UserError(
-                f"{address}, the address of the first node {os.environ['MASTER_ADDR']}, is not an address of {socket.gethostname()}: "
-                f"{error.strerror}",
+                f"{address}, the address of the first node {os.environ['MASTER_ADDR']}, is not an address of "
+                f"{socket.gethostname()}: {error.strerror}",
                 _INTERFACE,
             ) from None
     return address
