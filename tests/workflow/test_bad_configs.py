@@ -154,7 +154,7 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
             (
                 "a head width that Qwen2 must have",
                 {"model_type": "qwen2", "head_dim": None},
-                "head_dim is None; it must be an integer, or not be there",
+                "head_dim is null; set it to an integer, or remove it",
             ),
             (
                 "heads of unequal width",
