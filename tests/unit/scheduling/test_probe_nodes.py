@@ -133,6 +133,12 @@ def test_job_that_does_not_start_is_explained_and_cancelled(slurm: Path, reason:
     assert (slurm / "cancelled").read_text().split() == ["7"]
 
 
+def test_job_whose_provisional_reason_becomes_a_limit_is_explained_by_the_limit(slurm: Path):
+    once = f"mkdir '{slurm}/asked' 2>&- && reason=PartitionConfig || reason=PartitionNodeLimit"
+    fake_program(slurm, "scontrol", f'#!/bin/sh\n{once}\necho "JobState=PENDING Reason=$reason"\n')
+    assert probe_nodes({"gpu": REQUEST}, 1)["gpu"].problem == "job 7 cannot start: PENDING, PartitionNodeLimit"
+
+
 def test_job_that_ends_without_a_result_is_explained(slurm: Path):
     fake_program(slurm, "sbatch", SBATCH % 'echo "slurmstepd: error: no space left" > "$out"')
     answer = probe_nodes({"gpu": REQUEST}, 1)["gpu"]

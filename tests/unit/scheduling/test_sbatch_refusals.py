@@ -213,3 +213,18 @@ def test_waiting_job_that_cannot_start_is_named_once(
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[2] for line in lines] == ["7", "10"]
     assert "Slurm's reason: AccountNotAllowed. correct account" in lines[0]
+
+
+def test_provisional_reason_is_printed_only_if_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Slurm gives a submitted job beyond a partition's limit the reason PartitionConfig, and names the limit a moment later."""
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "squeue", f"#!/bin/sh\ncat '{tmp_path}/queue'\n"))
+    warn = warner_of_waiting_jobs()
+    for queue in ("7 PartitionConfig\n8 PartitionConfig\n", "7 PartitionTimeLimit\n8 PartitionConfig\n"):
+        assert not capsys.readouterr().err
+        (tmp_path / "queue").write_text(queue)
+        warn("run")
+    lines = capsys.readouterr().err.splitlines()
+    assert "job 7 " in lines[0] and "PartitionTimeLimit. correct max_minutes" in lines[0]
+    assert "job 8 " in lines[1] and "PartitionConfig. correct name, account, qos, max_nodes or max_minutes" in lines[1]

@@ -17,8 +17,10 @@ _ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
 _BY_PLUGIN = "not allowed in the 'slurm_extra'"
 _UNKNOWN_NODE = "invalid node name"
 _NODES = "PartitionNodeLimit|node configuration|node count"
+_PROVISIONAL = "PartitionConfig"
 # Pattern of Slurm's text -> key of a partition in the site file, and the command that shows valid values.
 _PERMANENT = (
+    (_PROVISIONAL, "name, account, qos, max_nodes or max_minutes", "scontrol show partition"),
     (r"Assoc(Grp|Max)", "account, max_nodes or max_minutes", f"{_ASSOCIATIONS},grptres,maxtres,maxwall"),
     (r"QOS|Max\w+Per(Account|User)", "qos, max_nodes or max_minutes", "sacctmgr show qos"),
     (r"account", "account", _ASSOCIATIONS),
@@ -54,9 +56,9 @@ _OTHER_REMEDIES = (
 )
 # Reasons for which a job waits until its request, a limit, a budget or an account is changed.
 _NEVER_STARTS = re.compile(
-    r"(Account|QOS|Assoc)NotAllowed|Invalid(Account|QOS)|BadConstraints|Partition(Time|Node)Limit|PartitionConfig"
+    r"(Account|QOS|Assoc)NotAllowed|Invalid(Account|QOS)|BadConstraints|Partition(Time|Node)Limit"
     r"|Max\w+Per(Job|Node)|QOSMin|MaxMemPerLimit|DependencyNeverSatisfied|Reservation(Deleted|Invalid)"
-    rf"|[Hh]eld|JobHoldMaxRequeue|{_BUDGET_CODE}"
+    rf"|[Hh]eld|JobHoldMaxRequeue|{_BUDGET_CODE}|{_PROVISIONAL}"
 )
 
 
@@ -89,6 +91,15 @@ def is_by_plugin(reason: str) -> bool:
 def never_starts(reason: str) -> bool:
     """Return whether a job that waits for this reason waits until somebody changes something."""
     return _NEVER_STARTS.search(reason) is not None
+
+
+def is_provisional(reason: str) -> bool:
+    """Return whether Slurm may soon name the limit itself.
+
+    A job beyond any limit of its partition has this reason when it is submitted, and the name of the limit after the next
+    scheduling cycle (_select_nodes_parts and job_limits_check in src/slurmctld/job_mgr.c). Limits without a name keep it.
+    """
+    return _PROVISIONAL in reason
 
 
 def remedy_of(reason: str) -> str:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.shipped_files import data_root
-from longhaul.config.slurm_reasons import never_starts, remedy_of
+from longhaul.config.slurm_reasons import is_provisional, never_starts, remedy_of
 from longhaul.errors import UserError, printable
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
@@ -106,13 +106,16 @@ def _submit(request: SlurmRequest, output: Path) -> str:
 def _wait(jobs: Mapping[str, str], deadline: float) -> dict[str, ProbeAnswer]:
     """Wait until every job has ended. Return the answer for each job that did not end, and cancel it."""
     left, unfinished = dict(jobs), {}
+    states: dict[str, str] = {}
     try:
         while left:
             for title, job in list(left.items()):
                 has_ended, state = _state(job)
+                is_settled = not is_provisional(state) or states.get(title) == state
+                states[title] = state
                 if has_ended:
                     del left[title]
-                elif never_starts(state):
+                elif never_starts(state) and is_settled:
                     unfinished[title] = ProbeAnswer(None, f"job {job} cannot start: {state}", remedy_of(state))
                 elif time.monotonic() > deadline:
                     unfinished[title] = ProbeAnswer(None, f"job {job} did not end in time: {state}", _WAIT_LONGER)

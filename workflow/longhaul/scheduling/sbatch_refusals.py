@@ -19,6 +19,7 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.config.slurm_reasons import (
     is_about_nodes,
     is_by_plugin,
+    is_provisional,
     is_unknown_node,
     limit_code,
     limits_number_of_jobs,
@@ -78,13 +79,18 @@ def _is_temporary(reason: str, code: str | None) -> bool:
 def warner_of_waiting_jobs() -> Callable[[str], None]:
     """Return a function of a run id that prints each waiting job that cannot start, once.
 
-    Some centres accept a job that a partition does not allow, and let it wait without end.
+    Some centres accept a job that a partition does not allow, and let it wait without end. A provisional reason is printed
+    when the job still has it at the next call.
     """
     warned: set[str] = set()
+    before: dict[str, str] = {}
 
     def warn(run_id: str) -> None:
-        for job_id, reason in slurm_client.pending_reasons(run_id).items():
-            if job_id not in warned and never_starts(reason):
+        nonlocal before
+        last, before = before, slurm_client.pending_reasons(run_id)
+        for job_id, reason in before.items():
+            is_settled = not is_provisional(reason) or last.get(job_id) == reason
+            if job_id not in warned and never_starts(reason) and is_settled:
                 warned.add(job_id)
                 text = f"job {job_id} waits and will not start; Slurm's reason: {reason}. {remedy_of(reason)}"
                 print(f"warning: {text}", file=sys.stderr, flush=True)
