@@ -9,7 +9,7 @@ import pytest
 
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
-from longhaul.checks.gpu_names import gpu_name
+from longhaul.checks.gpu_labels import gpu_name
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
 from longhaul.checks.kernel_log import KernelError, KernelLog

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.checks.build_check_rows import Component, warning_lines
-from longhaul.checks.gpu_names import gpu_name
+from longhaul.checks.gpu_labels import gpu_name
 from longhaul.checks.nvidia_gpu_facts import GpuReading, read_gpus, with_earlier_nvlink_errors
 from longhaul.checks.nvlink_errors import new_nvlink_errors_row
 from longhaul.checks.packet_loss import grown, grown_line, read_error_counters

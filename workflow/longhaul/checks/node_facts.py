@@ -22,7 +22,7 @@ import psutil
 from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
-from longhaul.checks.gpu_names import names_of_torch_gpus
+from longhaul.checks.gpu_labels import names_of_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
 from longhaul.checks.nvidia_gpu_facts import (
     GpuReading,

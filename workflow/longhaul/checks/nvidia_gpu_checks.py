@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
-from longhaul.checks.gpu_names import gpu_name, short_address
+from longhaul.checks.gpu_labels import gpu_name, short_address
 from longhaul.checks.kernel_log import KernelError, KernelLog, is_fatal
 from longhaul.checks.nvidia_gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.nvlink_errors import nvlink_error_rows

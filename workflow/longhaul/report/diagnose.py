@@ -12,8 +12,8 @@ from longhaul.artifacts.job_state import State, read_jobs_to_run, read_state
 from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.artifacts.record_types import read_events
-from longhaul.config.slurm_reasons import limits_number_of_jobs, never_starts, remedy_of
 from longhaul.errors import UserError, printable
+from longhaul.jobs.slurm_reasons import limits_number_of_jobs, never_starts, remedy_of
 from longhaul.report.ended_jobs import AskAccounting, EndedJob, how_it_ended
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.run_status import (
@@ -41,7 +41,7 @@ _WAITS = {
     "Dependency": "it waits for another job",
     "BeginTime": "Slurm holds a requeued job back for some minutes: wait",
 }
-"""Beginning of a reason that may pass -> what to do. config/slurm_reasons.py has the remedies of other reasons."""
+"""Beginning of a reason that may pass -> what to do. jobs/slurm_reasons.py has the remedies of other reasons."""
 _PASSES_BY_ITSELF = ("Resources", "Priority", "Dependency", "BeginTime")
 """A limit of nodes or cores may be one that the request alone exceeds; one of the number of jobs passes with other jobs."""
 

@@ -1,5 +1,5 @@
-"""Lists the numbers in the report's tables of stages, summary and exports; templates/report/report.html.j2 holds their columns.
-The HTML page needs no other file and no network.
+"""Writes the report as one HTML file: numbers of its tables and diagrams, for templates/report/report.html.j2 with the columns.
+The page needs no other file and no network.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads what a stage has recorded so far: its weights folder, its steps where the length is in epochs, its measured MFU."""
+"""Reads what a stage has recorded so far: weights folder, length in steps, and speed, step time and MFU of its last 50 steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Estimates how long the trainings of a run still take: by measured steps, by the speed of another stage, or as planned."""
+"""Adds up the time that the trainings of a run still take: measured (stage_records.py), like another stage, or as planned."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from typing import Literal
 
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.shipped_files import data_root
-from longhaul.config.slurm_reasons import is_provisional, never_starts, remedy_of
 from longhaul.errors import UserError, printable
+from longhaul.jobs.slurm_reasons import is_provisional, never_starts, remedy_of
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.sbatch_refusals import ASK_AGAIN, read_refusal

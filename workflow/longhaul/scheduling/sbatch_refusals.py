@@ -1,7 +1,6 @@
-"""Classifies why sbatch refuses a job: permanently (bad account, QOS, limits) or temporarily (busy), and how long to wait.
+"""Decides whether sbatch may accept a refused job later, and after which pause; remedies are in jobs/slurm_reasons.py.
 
 The texts are those of slurm_strerror and of job submit plugins; the executor plugin adds those of its own account check.
-Codes of limits are in config/slurm_reasons.py.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 from longhaul.artifacts.job_state import REFUSED, TRANSIENT, Failure, current_invocation
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, job_of, run_of
 from longhaul.artifacts.quarantine import quarantined_nodes
-from longhaul.config.slurm_reasons import (
+from longhaul.jobs.slurm_reasons import (
     is_about_nodes,
     is_by_plugin,
     is_provisional,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.checks.gpu_names import gpu_name, names_of_torch_gpus, short_address
+from longhaul.checks.gpu_labels import gpu_name, names_of_torch_gpus, short_address
 from longhaul.checks.nvidia_gpu_facts import GpuReading
 from tests.support.node_hardware import gpu
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.config.slurm_reasons import never_starts, remedy_of
+from longhaul.jobs.slurm_reasons import never_starts, remedy_of
 
 WAITS_FOR_EVER = (
     "AccountNotAllowed QOSNotAllowed InvalidQOS PartitionTimeLimit PartitionConfig BadConstraints QOSMaxNodePerJobLimit "
