@@ -136,6 +136,16 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
             ("half a rotation", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 has no effect"),
             ("theta as text", {"rope_theta": "1e6"}, "rope_theta is '1e6'"),
             ("theta zero", {"rope_theta": 0}, "rope_theta is 0; it must be a number above 1"),
+            (
+                "a method's name",
+                {"to_dict": "x"},
+                "'to_dict' is a name that transformers' config classes use themselves",
+            ),
+            (
+                "a special name",
+                {"__class__": "x"},
+                "'__class__' is a name that transformers' config classes use themselves",
+            ),
             ("theta null", {"rope_theta": None}, "rope_theta is None; it must be a number above 1"),
             (
                 "a switch as text",

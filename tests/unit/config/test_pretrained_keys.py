@@ -26,6 +26,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": DEEPSEEK,
 }
 OFFICIAL = Path(__file__).parents[1] / "export" / "official_repositories.json"
+CLASS_NAMES_THAT_ARE_KEYS = {
+    "_attn_implementation",
+    "_experts_implementation",
+    "keys_to_ignore_at_inference",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "rope_scaling",
+    "rope_theta",
+    "torch_dtype",
+}
+"""Attributes of transformers' config classes, apart from their fields, that a config.json may hold."""
 ODD_VALUES = ["no", "1", True, None, -1, 0, 1, 1.5, 2.0, 10**9, [], ["a"], [9], {}, {"a": 1}]
 
 
@@ -65,6 +78,19 @@ def test_a_config_that_transformers_cannot_follow_is_refused(family: str):
 def test_configs_of_official_repositories_are_accepted(name: str):
     config = json.loads(OFFICIAL.read_text())[name]["config"]
     assert check_pretrained_keys(config) == config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_key_replaces_what_transformers_config_class_has(family: str):
+    """Without the refusal, `to_dict: x` ends the training job, and `attribute_map` lets one size stand for another."""
+    from transformers import CONFIG_MAPPING
+
+    config_class = CONFIG_MAPPING[family]
+    keys = {field.name for field in fields(config_class)} | {"model_type"}
+    base = {"model_type": family, "tie_word_embeddings": False, **FAMILIES[family]}
+    for name in set(dir(config_class)) - keys - CLASS_NAMES_THAT_ARE_KEYS:
+        with pytest.raises(UserError, match=f"config.json: '{name}' is a name that transformers' config classes use"):
+            check_pretrained_keys({**base, name: {}})
 
 
 def test_an_integer_becomes_the_float_that_transformers_needs():
