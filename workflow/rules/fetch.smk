@@ -29,7 +29,7 @@ rule fetch_task_data:
     output:
         "results/{run}/task_data/{stage}/{task}.json",
     log:
-        "results/{run}/logs/fetch_task_data/{stage}-{task}.log",
+        "results/{run}/logs/fetch_task_data/{stage}/{task}.log",
     params:
         spec=lambda wildcards: task_data_key(PLAN, wildcards.stage, wildcards.task),
         config=CONFIG,

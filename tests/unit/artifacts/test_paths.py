@@ -68,7 +68,6 @@ def spelled_by_run_paths() -> set[str]:
     run = RunPaths("{run}")
     jobs = [JobId(kind.name, tuple(map(placeholder, kind.wildcards))) for kind in job_kinds().values()]
     jobs += [JobId("render"), JobId("report"), JobId("fetch"), JobId("render_result_spec", ("{stage}",))]
-    jobs.append(JobId("fetch_task_data", ("{stage}", "{task}")))
     answers: set[object] = set()
     for owner in (run, run.stage("{stage}")):
         for name, member in inspect.getmembers(type(owner)):

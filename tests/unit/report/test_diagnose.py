@@ -368,7 +368,7 @@ def test_failed_fetch_is_named_until_it_succeeds(tmp_path: Path, what: str) -> N
     JobsToRun("ended", {"environment": ""}).write(run.paths.jobs_to_run)
     log, made = run.paths.logs / "fetch.log", run.paths.lock
     if what == "task data":
-        log, made = run.paths.logs / "fetch_task_data/base-quiz.log", run.paths.task_data("base", "quiz")
+        log, made = run.paths.task_data_log("base", "quiz"), run.paths.task_data("base", "quiz")
     log.parent.mkdir(parents=True)
     log.write_text(f"error: earlier\nok\nerror: {UserError('org/x is not on the hub', 'correct the name')}\n")
     (finding,) = found(run)
@@ -381,6 +381,23 @@ def test_failed_fetch_is_named_until_it_succeeds(tmp_path: Path, what: str) -> N
     made.write_text("{}")
     (finding,) = found(run)
     assert finding.job == "main process"
+
+
+def test_failed_fetch_of_a_task_is_named_where_another_stage_has_fetched_a_task_of_the_same_joined_name(
+    tmp_path: Path,
+) -> None:
+    """Stage `base-a` with task `b`, and stage `base` with task `a-b`."""
+    run = RunFolder(tmp_path, scheduler="local")
+    fetched, failed = ("base-a", "b"), ("base", "a-b")
+    for names in (fetched, failed):
+        run.paths.task_data_log(*names).parent.mkdir(parents=True)
+        run.paths.task_data_log(*names).write_text(f"error: {UserError('no network', 'ask')}\n")
+    lock = run.paths.task_data(*fetched)
+    lock.parent.mkdir(parents=True)
+    lock.write_text("{}")
+    run.paths.lock.write_text("{}")
+    (finding,) = (finding for finding in found(run) if "fetch" in finding.job)
+    assert (finding.job, finding.evidence) == ("fetch_task_data base a-b", f"{run.paths.task_data_log(*failed)}:1")
 
 
 def test_failed_job_that_starts_again_needs_nobody(tmp_path: Path) -> None:

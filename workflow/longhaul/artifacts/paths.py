@@ -447,9 +447,14 @@ class RunPaths:
         """The lock of the data that an evaluation task loads from the Hub. The data are in the folder of its name beside it."""
         return self.folder / "task_data" / stage / f"{task}.json"
 
-    def task_data_locks(self) -> list[Path]:
-        """Return the locks of the data of all evaluation tasks that were fetched."""
-        return sorted(self.folder.glob("task_data/*/*.json"))
+    def task_data_log(self, stage: str, task: str) -> Path:
+        """What fetch prints about the data of an evaluation task. In a folder per stage: both names may have hyphens."""
+        return self.logs / "fetch_task_data" / stage / f"{task}.log"
+
+    def task_data_logs(self) -> dict[tuple[str, str], Path]:
+        """Return (stage, task) -> the log of its fetch, for all logs that exist."""
+        found = (self.logs / "fetch_task_data").glob("*/*.log")
+        return {(path.parent.name, path.stem): path for path in sorted(found)}
 
     def serve_check(self, stage: str) -> Path:
         """The result of the check of a server of a stage's export."""

@@ -162,13 +162,13 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
 
 def _failed_fetches(paths: RunPaths) -> Iterator[Finding]:
     """Yield why a fetch has failed: the main process runs it, so that no record of a job has the cause."""
-    fetched = {f"{lock.parent.name}-{lock.stem}" for lock in paths.task_data_locks()}
-    of_tasks = sorted((paths.logs / "fetch_task_data").glob("*.log"))
-    of_sources = [] if paths.lock.exists() else [paths.logs / "fetch.log"]
-    for path in [*of_sources, *(path for path in of_tasks if path.stem not in fetched)]:
+    failed = {} if paths.lock.exists() else {"fetch": paths.logs / "fetch.log"}
+    for (stage, task), path in paths.task_data_logs().items():
+        if not paths.task_data(stage, task).exists():
+            failed[f"fetch_task_data {stage} {task}"] = path
+    for name, path in failed.items():
         if error := last_error(path):
             cause, evidence, remedy = error
-            name = "fetch" if path.parent == paths.logs else f"fetch_task_data {path.stem}"
             yield Finding(name, cause, evidence, f"{remedy}; then run the same command again".removeprefix("; then "))
 
 
