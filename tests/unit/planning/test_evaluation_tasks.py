@@ -133,6 +133,17 @@ def test_evaluation_that_cannot_run_is_refused(
         planned(tmp_path, evaluate, task, **config)
 
 
+@pytest.mark.parametrize("joint", ["-", "_"])
+def test_evaluations_whose_jobs_would_share_a_name_are_refused(tmp_path: Path, joint: str):
+    """Both jobs would have the same folder or the same comment in Slurm."""
+    longer, task = f"base{joint}trained", f"trained{joint}quiz"
+    changes = {"stages.0.export": "last", "stages.0.evaluate": {"tasks": [task]}, "stages.1.name": longer}
+    with pytest.raises(UserError, match=r"have the same job name evaluate.base.trained.trained.quiz") as refused:
+        planned(tmp_path, {"tasks": ["quiz"]}, **changes)
+    assert refused.value.hint == "give one of the two stages another name"
+    planned(tmp_path, {"tasks": ["quiz"]}, **{**changes, "stages.1.name": "chat"})
+
+
 def test_task_file_may_not_name_python_code(tmp_path: Path):
     (tmp_path / "code.yaml").write_text("task: quiz\ndataset_path: json\nprocess_docs: !function utils.f\n")
     with pytest.raises(UserError, match="tag !function is not allowed"):

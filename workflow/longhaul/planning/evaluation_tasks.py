@@ -185,6 +185,28 @@ def check_evaluations(loaded: LoadedConfig) -> None:
             raise UserError(f"{key}.files: two files define the task {twice[0]}", "rename one of them")
         if stage.evaluate and stage.evaluate.starting_model:
             _check_starting_model(loaded.config, stage)
+    _check_job_names(loaded.config)
+
+
+def _check_job_names(config: Config) -> None:
+    """Raise UserError if two evaluations have one name: as a job, which joins names with `-`, or in Slurm, with `_`."""
+    jobs = [
+        (stage.name, model, task)
+        for stage in config.stages
+        for model in evaluated_models(stage)
+        for task in (stage.evaluate.tasks if stage.evaluate else ())
+    ]
+    for separator in "-_":
+        named: dict[str, tuple[str, str, str]] = {}
+        for job in jobs:
+            name = separator.join(("evaluate", *job))
+            first = named.setdefault(name, job)
+            if first != job:
+                raise UserError(
+                    f"stages.{job[0]}.evaluate: task {job[2]} and task {first[2]} of stage {first[0]} have the same job name "
+                    f"{name}",
+                    "give one of the two stages another name",
+                )
 
 
 def _check_starting_model(config: Config, stage: Stage) -> None:
