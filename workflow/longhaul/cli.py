@@ -144,6 +144,7 @@ def fetch(
     Example: `longhaul fetch mine.yaml`
     """
     from longhaul.config.load_config import load_config
+    from longhaul.data.check_task_templates import check_task_templates
     from longhaul.fetch.hub_downloads import pin_sources
     from longhaul.fetch.task_data import pin_task_data
     from longhaul.planning.evaluation_tasks import tasks_to_fetch
@@ -160,6 +161,7 @@ def fetch(
         )
     if only in (None, "sources"):
         pin_sources(loaded)
+        check_task_templates(loaded)  # also of tasks whose data were made just now
     for name in tasks if only is None else [only] if only in tasks else []:
         pin_task_data(loaded, *tasks[name])
 

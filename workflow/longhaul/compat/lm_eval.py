@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from longhaul.compat.jinja_sandbox import TaskTemplates
 from longhaul.errors import InputError, UserError, first_line
 
 
@@ -48,12 +49,9 @@ def _sandbox_templates() -> None:
 
     In lm_eval's own environment, a template reaches Python's modules through attributes such as __globals__, and so a shell.
     """
-    from jinja2.sandbox import SandboxedEnvironment
     from lm_eval import utils
 
-    sandbox = SandboxedEnvironment(undefined=utils.env.undefined, keep_trailing_newline=utils.env.keep_trailing_newline)
-    sandbox.filters.update(utils.env.filters)
-    utils.env = sandbox
+    utils.env = TaskTemplates()
 
 
 @contextmanager

@@ -6,11 +6,11 @@ In a module of its own, because compat/transformers.py imports torch, which enco
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
 from datetime import date
 from typing import Any, NoReturn
+
+from longhaul.compat.jinja_sandbox import BOUNDED
 
 FIXED_DATE = date(2024, 7, 26)
 """The date that `strftime_now` shows. Llama 3's templates show this date where there is no clock."""
@@ -34,9 +34,9 @@ def render_chat(
     from jinja2.sandbox import SandboxedEnvironment
     from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
-    SandboxedEnvironment.intercepted_binops = frozenset(_BOUNDED)  # read while a template is compiled
+    SandboxedEnvironment.intercepted_binops = frozenset(BOUNDED)  # read while a template is compiled
     compiled = _compile_jinja_template(template)
-    compiled.environment.binop_table.update(_BOUNDED)  # pyright: ignore[reportAttributeAccessIssue]
+    compiled.environment.binop_table.update(BOUNDED)  # pyright: ignore[reportAttributeAccessIssue]
     _make_deterministic(compiled)
     variables: dict[str, Any] = special_tokens
     rendered: Any = render_jinja_template(
@@ -52,20 +52,6 @@ def render_chat(
     return text, spans
 
 
-def _bounded_power(base: Any, exponent: Any) -> Any:
-    """Return base ** exponent. No time limit ends one operation of Python, and a large power takes hours."""
-    if abs(exponent) * math.log2(abs(base) + 2) > _MOST_BITS:
-        raise OverflowError("the power is too large")
-    return base**exponent
-
-
-def _bounded_product(one: Any, other: Any) -> Any:
-    """Return one * other. No time limit ends one operation of Python, and a product of large numbers takes hours."""
-    if isinstance(one, int) and isinstance(other, int) and one.bit_length() + other.bit_length() > _MOST_BITS:
-        raise OverflowError("the product is too large")
-    return one * other
-
-
 def _refuse_address(text: str, given: str) -> None:
     """Raise TemplateError if a text shows an object's address in memory, which is another one in each process."""
     from jinja2 import TemplateError
@@ -75,8 +61,6 @@ def _refuse_address(text: str, given: str) -> None:
 
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+>")
-_MOST_BITS = 10_000
-_BOUNDED: dict[str, Callable[[Any, Any], Any]] = {"**": _bounded_power, "*": _bounded_product}
 
 
 def _make_deterministic(compiled: Any) -> None:
