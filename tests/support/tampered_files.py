@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
-WRONG_VALUES = (None, -1, "x", [], {}, True, 1e308, [{"a": 1}], "\u001b[31m", 10**30, 0.5, "../../x")
+WRONG_VALUES = (None, -1, "x", [], {}, True, 1e308, [{"a": 1}], "\u001b[31m", 10**30, 0.5, "../../x", 10**400)
 DAMAGED_BYTES = (b"", b"\xff\xfe{", b"{", b"[]", b"null", b"7", b'"text"', b"[" * 5000, b'{"a": NaN}', b"\x00" * 9)
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
+from longhaul.artifacts.typed_json import parse_json
 from longhaul.errors import UserError
 from longhaul.report import html_page
 from longhaul.report.html_page import render_page
 from longhaul.report.run_results import read_run
+from longhaul.report.status_text import status_view, summary_lines
 from tests.support.finished_run_files import STAGE, write_finished_run
 from tests.support.tampered_files import DAMAGED_BYTES, tampered_texts
 
@@ -93,6 +98,9 @@ LINES = (
     b'{"event": "start_up", "time_s": 1, "imports_s": 1}',
     b'{"step": "1"}',
     b'{"hosts": 1}',
+    b'{"step": 1%s, "loss": 1.0, "hosts": [], "time_s": 1, "event": "saved"}' % (b"0" * 400),
+    b'{"step": 7, "loss": 1%s, "hosts": [], "time_s": 1, "event": "x", "seconds": 1}' % (b"0" * 400),
+    b'{"step": 7, "loss": 1.0, "hosts": [], "time_s": 1, "event": "x", "unknown": [-1%s]}' % (b"0" * 400),
 )
 
 
@@ -116,6 +124,32 @@ def test_bad_line_is_left_out_and_named_with_its_number(name: str, run: RunPaths
         path.write_bytes(text + line)
         assert shown(run) == complete
         assert capfd.readouterr().err == ""  # half a line at the end is usual after a kill
+
+
+@pytest.mark.parametrize("digits", [308, 400])
+def test_long_integers_give_a_report_and_a_status(digits: int, run: RunPaths):
+    """Step numbers of 309 digits and more are beyond a double."""
+    number = b"1" * digits
+    weights = weights_of(run)
+    for path, line in (
+        (weights.metrics, b'{"step": %s, "loss": %s, "step_time_s": %s}'),
+        (weights.metrics, b'{"step": 9, "loss": %s, "step_time_s": %s, "mfu": %s}'),
+        (weights.metrics, b'{"step": 9, "validation_loss": %s, "a": %s, "b": %s}'),
+        (weights.attempts, b'{"hosts": ["n1"], "world_size": %s, "epochs": {"prose": %s}, "x": %s}'),
+        (weights.events, b'{"time_s": 1, "event": "work_lost", "seconds": %s, "to_step": %s, "x": %s}'),
+    ):
+        text = path.read_bytes()
+        path.write_bytes(text + line % (number, number, number) + b"\n")
+        results = read_run(run.folder)
+        render_page(results)
+        summary_lines(results.status)
+        Console(file=io.StringIO()).print(status_view(results.status))
+        path.write_bytes(text)
+
+
+def test_digits_of_a_text_and_of_a_fraction_are_no_long_integer():
+    text = json.dumps({"reason": f'"{"1" * 400}', "share": 0})[:-2] + "0." + "1" * 400 + "}"
+    assert parse_json(text, dict[str, Any])["share"] == pytest.approx(0.1111111)
 
 
 def test_report_changes_no_file(run: RunPaths):

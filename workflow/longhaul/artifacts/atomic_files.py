@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -19,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
+
+_MOST_DIGITS = 308
+"""A double holds each integer with this many digits. It holds some with 309, too; no file of a run has such a number."""
+_MANY_DIGITS = re.compile(rb"(?<![0-9])[0-9]{%d}" % (_MOST_DIGITS + 1))
+_TEXT_OR_LONG_INTEGER = re.compile(rb'"(?:[^"\\]|\\.)*"|(?<![0-9.])([0-9]{%d,})' % (_MOST_DIGITS + 1), re.DOTALL)
+"""Strings and long integers of a JSON text; group 1 is the integer. Digits in a string are no number."""
 
 
 def canonical_json(value: object) -> str:
@@ -140,6 +147,14 @@ def require_regular(path: Path) -> None:
         raise UserError(f"{path} is a pipe or a device, not a file", "give the path of a file")
 
 
+def refuse_long_integers(text: bytes) -> None:
+    """Raise ValueError for an integer in a JSON text that may be beyond a double: Python cannot compute with it as a float."""
+    if not _MANY_DIGITS.search(text):
+        return
+    if found := next(filter(None, (match[1] for match in _TEXT_OR_LONG_INTEGER.finditer(text))), b""):
+        raise ValueError(f"the integer {found[:20].decode()}… has {len(found)} digits; {_MOST_DIGITS} are the most")
+
+
 def read_json(path: Path, hint: str = DELETE_HINT) -> Any:
     """Read a JSON file whose content has no fixed types. For all others: artifacts.typed_json.
 
@@ -149,7 +164,9 @@ def read_json(path: Path, hint: str = DELETE_HINT) -> Any:
         UserError: the file is missing, cannot be read or is not valid JSON.
     """
     try:
-        return json.loads(read_bytes(path).decode("utf-8"))
+        text = read_bytes(path)
+        refuse_long_integers(text)
+        return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}", hint) from None
 

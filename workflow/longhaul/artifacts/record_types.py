@@ -10,6 +10,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import AfterValidator, ConfigDict, Field, FiniteFloat
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.artifact_schemas import Count
 from longhaul.artifacts.line_records import read_records
 
 Time = Annotated[FiniteFloat, Field(ge=0, le=253_000_000_000)]
@@ -24,7 +25,7 @@ class MetricsRow(TypedDict):
 
     __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
 
-    step: Annotated[int, Field(ge=0)]
+    step: Count
     validation_loss: NotRequired[float | None]
     loss: NotRequired[float | None]
     grad_norm: NotRequired[float | None]
@@ -115,8 +116,8 @@ class _EventFields(TypedDict):
     queued_since_s: NotRequired[Time | None]
     seconds: NotRequired[FiniteFloat]
     last_step_s: NotRequired[FiniteFloat]
-    step: NotRequired[int]
-    to_step: NotRequired[int]
+    step: NotRequired[Count]
+    to_step: NotRequired[Count]
     training_s: NotRequired[FiniteFloat]
     validation_s: NotRequired[FiniteFloat]
     saving_s: NotRequired[FiniteFloat]

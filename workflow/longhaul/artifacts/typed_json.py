@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from longhaul.artifacts.atomic_files import DELETE_HINT, read_bytes
+from longhaul.artifacts.atomic_files import DELETE_HINT, read_bytes, refuse_long_integers
 from longhaul.errors import UserError
 
 T = TypeVar("T")
@@ -40,8 +40,10 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     No value is converted: "1" is no number, 1.0 is no integer, true is no number.
 
     Raises:
-        ValueError: the text is not valid JSON, or a value has another type; the message names the first such value.
+        ValueError: the text is not valid JSON, a value has another type, or an integer is beyond a double; the message names
+            the first such value.
     """
+    refuse_long_integers(text.encode() if isinstance(text, str) else text)
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
