@@ -10,6 +10,7 @@ from typing import Any
 from longhaul.artifacts.job_state import State, StateName
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobId, RunPaths, WeightsFolder
+from longhaul.errors import UserError
 from longhaul.report.run_status import RunStatus, read_status
 from longhaul.report.slurm_queue_types import Queue, QueuedJob
 
@@ -53,6 +54,18 @@ class RunFolder:
     def state(self, job: JobId, state: StateName, job_id: str | None = "7", reason: str = "") -> None:
         record = State(state, job_id, "n1", ["n1", "n2"], 1, "2026-11-28T10:00:00+00:00", reason)
         record.write(self.paths.job(job).state)
+
+    def fail_to_fetch(self, *task: str) -> Path:
+        """Write the log of a fetch that failed, of the sources or of the data of a task (stage, task). Return its path."""
+        log = self.paths.logs / "fetch.log"
+        if task:
+            log = self.paths.task_data_log(*task)
+            plan = json.loads(self.paths.plan.read_text())
+            plan["jobs"].append({"kind": "evaluate", "names": [task[0], "trained", task[1]], "request": {}})
+            self.paths.plan.write_text(json.dumps(plan))
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"error: earlier\nok\nerror: {UserError('org/x is not on the hub', 'correct the name')}\n")
+        return log
 
     def weights(self, stage: str = "base", device: str = "cuda") -> WeightsFolder:
         folder = self.paths.stage(stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.report.diagnose import diagnose, findings_text
 from longhaul.report.ended_jobs import EndedJob
-from longhaul.report.run_status import read_status
+from longhaul.report.run_status import NOT_STARTED, read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
 from longhaul.report.slurm_queue_types import Queue, QueuedJob
 from tests.support.run_folder import TRAIN, RunFolder
@@ -361,17 +362,15 @@ def test_main_process_that_was_stopped_before_its_first_job_is_named(tmp_path: P
     assert "it was stopped; left: environment, train-base" in finding.cause
 
 
-@pytest.mark.parametrize("what", ["sources", "task data"])
-def test_failed_fetch_is_named_until_it_succeeds(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("task", [(), ("base", "quiz")], ids=["sources", "task data"])
+def test_failed_fetch_is_named_until_it_succeeds(tmp_path: Path, task: tuple[str, ...]) -> None:
     """The main process fetches. No job has a record of it."""
     run = RunFolder(tmp_path, scheduler="local")
     JobsToRun("ended", {"environment": ""}).write(run.paths.jobs_to_run)
-    log, made = run.paths.logs / "fetch.log", run.paths.lock
-    if what == "task data":
-        log, made = run.paths.task_data_log("base", "quiz"), run.paths.task_data("base", "quiz")
-    log.parent.mkdir(parents=True)
-    log.write_text(f"error: earlier\nok\nerror: {UserError('org/x is not on the hub', 'correct the name')}\n")
+    log = run.fail_to_fetch(*task)
+    made = run.paths.task_data(*task) if task else run.paths.lock
     (finding,) = found(run)
+    assert finding.job == " ".join(("fetch_task_data", *task)) if task else finding.job == "fetch"
     assert (finding.cause, finding.evidence) == ("org/x is not on the hub", f"{log}:3")
     assert finding.remedy == "correct the name; then run the same command again"
     run.main_process()
@@ -389,15 +388,27 @@ def test_failed_fetch_of_a_task_is_named_where_another_stage_has_fetched_a_task_
     """Stage `base-a` with task `b`, and stage `base` with task `a-b`."""
     run = RunFolder(tmp_path, scheduler="local")
     fetched, failed = ("base-a", "b"), ("base", "a-b")
-    for names in (fetched, failed):
-        run.paths.task_data_log(*names).parent.mkdir(parents=True)
-        run.paths.task_data_log(*names).write_text(f"error: {UserError('no network', 'ask')}\n")
-    lock = run.paths.task_data(*fetched)
+    run.fail_to_fetch(*fetched)
+    log, lock = run.fail_to_fetch(*failed), run.paths.task_data(*fetched)
     lock.parent.mkdir(parents=True)
     lock.write_text("{}")
     run.paths.lock.write_text("{}")
     (finding,) = (finding for finding in found(run) if "fetch" in finding.job)
-    assert (finding.job, finding.evidence) == ("fetch_task_data base a-b", f"{run.paths.task_data_log(*failed)}:1")
+    assert (finding.job, finding.evidence) == ("fetch_task_data base a-b", f"{log}:3")
+
+
+def test_failed_fetch_that_a_changed_config_does_not_need_is_not_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path, scheduler="local")
+    JobsToRun("ended", {"environment": ""}).write(run.paths.jobs_to_run)
+    log = run.fail_to_fetch()
+    run.paths.config.write_text("")  # the rule `render` ran without a fetch
+    os.utime(log, (1.0, 1.0))
+    run.fail_to_fetch("base", "quiz")
+    plan = json.loads(run.paths.plan.read_text())
+    plan["jobs"] = [job for job in plan["jobs"] if job["kind"] != "evaluate"]
+    run.paths.plan.write_text(json.dumps(plan))
+    (finding,) = found(run)
+    assert finding.job == "main process" and run.status().state == NOT_STARTED
 
 
 def test_failed_job_that_starts_again_needs_nobody(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from html import unescape
@@ -12,6 +13,7 @@ import pytest
 
 from longhaul.artifacts.job_state import CANCELLED, Failure, StateName, current_invocation
 from longhaul.artifacts.paths import JobId
+from longhaul.cli import main
 from longhaul.report import html_page
 from longhaul.report.number_format import nats
 from longhaul.report.run_status import FAILED, INTERRUPTED, read_status
@@ -74,6 +76,37 @@ def test_report_summary_and_the_status_afterwards_agree(
         f"base {state} {progress.step}\xa0of\xa0100 {losses}" in report or f"base {state} 40 of 100 {losses}" in report
     )
     assert f"40 of 100 steps, loss {losses}" in printed
+
+
+@pytest.mark.parametrize("task", [(), ("base", "quiz")], ids=["sources", "task data"])
+def test_report_summary_status_and_doctor_name_the_same_failed_fetch(
+    run: RunFolder, capsys: pytest.CaptureFixture[str], task: tuple[str, ...]
+) -> None:
+    run.fail_to_fetch(*task)
+    assert report_failed_run(Mock(), run.paths) == ""
+    RunDisplay(run.paths, 3).fail("")
+    summary = " ".join(capsys.readouterr().err.split())
+    run.paths.lease.unlink()
+    shown = {}
+    for verb in (["status"], ["status", "--json"], ["doctor"]):
+        with pytest.raises(SystemExit, match="0"):
+            main([*verb, str(run.paths.folder)])
+        shown[verb[-1]] = capsys.readouterr().out
+    status = json.loads(shown["--json"])
+    (fetch,) = status["failed_fetches"]
+    assert fetch["name"] == " ".join(("fetch_task_data", *task) if task else ("fetch",))
+    assert status["state"] == FAILED
+    assert (fetch["cause"], fetch["remedy"]) == (
+        "org/x is not on the hub",
+        "correct the name; then run the same command again",
+    )
+    failed = f"{fetch['name']} failed: {fetch['cause']}"
+    for text in (summary, " ".join(shown["status"].split())):
+        assert f"{failed} remedy: {fetch['remedy']}" in text and "interrupted" not in text
+    assert f"Run r: {FAILED} (1 of" in summary and f"Run r on site here: {FAILED} (1 of" in shown["status"]
+    assert f"The run is {FAILED} ." in text_of(run) and f"{failed}. Remedy: {fetch['remedy']}" in text_of(run)
+    assert f"1. {fetch['name']}: {fetch['cause']}." in shown["doctor"] and "2." not in shown["doctor"]
+    assert f"evidence: {fetch['evidence']}" in shown["doctor"] and f"remedy: {fetch['remedy']}" in shown["doctor"]
 
 
 @pytest.mark.parametrize("damage", ["a folder", "a damaged file"])

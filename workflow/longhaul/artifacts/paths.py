@@ -451,11 +451,6 @@ class RunPaths:
         """What fetch prints about the data of an evaluation task. In a folder per stage: both names may have hyphens."""
         return self.logs / "fetch_task_data" / stage / f"{task}.log"
 
-    def task_data_logs(self) -> dict[tuple[str, str], Path]:
-        """Return (stage, task) -> the log of its fetch, for all logs that exist."""
-        found = (self.logs / "fetch_task_data").glob("*/*.log")
-        return {(path.parent.name, path.stem): path for path in sorted(found)}
-
     def serve_check(self, stage: str) -> Path:
         """The result of the check of a server of a stage's export."""
         return self.folder / "serve_check" / f"{stage}.json"

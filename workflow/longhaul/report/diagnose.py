@@ -28,7 +28,7 @@ from longhaul.report.run_status import (
     JobStatus,
     RunStatus,
 )
-from longhaul.report.search_logs import Finding, last_error, search_log
+from longhaul.report.search_logs import Finding, search_log
 from longhaul.report.stalled_collectives import stalled_collectives
 
 _SEARCHED_ATTEMPTS = 5
@@ -65,14 +65,13 @@ def diagnose(
     """
     jobs = status.jobs_and_servers
     logs = _logs_by_job(paths, jobs, slurm_logs)
-    fetches = [] if status.main_process else list(_failed_fetches(paths))
     present = [finding for job in jobs for finding in _present_problems(job, logs[job.name])]
     return [
         *_recorded_failures(jobs, ask_accounting),
         *_waiting_jobs(jobs),
         *sorted(present, key=lambda finding: (finding.follows, finding.rank)),
-        *fetches,
-        *([] if fetches else _ended_main_process(paths, status)),
+        *_failed_fetches(status),
+        *_ended_main_process(paths, status),
         *_unchecked_main_process(paths, status),
         *_unknown_queue(status),
         *_removed_logs(jobs, logs),
@@ -160,16 +159,9 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
             yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", remedy, continues=continues)
 
 
-def _failed_fetches(paths: RunPaths) -> Iterator[Finding]:
-    """Yield why a fetch has failed: the main process runs it, so that no record of a job has the cause."""
-    failed = {} if paths.lock.exists() else {"fetch": paths.logs / "fetch.log"}
-    for (stage, task), path in paths.task_data_logs().items():
-        if not paths.task_data(stage, task).exists():
-            failed[f"fetch_task_data {stage} {task}"] = path
-    for name, path in failed.items():
-        if error := last_error(path):
-            cause, evidence, remedy = error
-            yield Finding(name, cause, evidence, f"{remedy}; then run the same command again".removeprefix("; then "))
+def _failed_fetches(status: RunStatus) -> Iterator[Finding]:
+    for fetch in status.failed_fetches:
+        yield Finding(fetch.name, fetch.cause, fetch.evidence, fetch.remedy)
 
 
 def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]:

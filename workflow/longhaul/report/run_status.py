@@ -30,6 +30,7 @@ from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
+from longhaul.report.failed_fetches import FailedFetch, failed_fetches
 from longhaul.report.learning_result import LearningResult, learning_result, read_unigram_entropies
 from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
@@ -168,6 +169,7 @@ class RunStatus:
     other_gpu_hours: float = 0.0  # GPUs × hours of checks, exports and other jobs in Slurm that are no trainings
     unchecked_host: str = ""  # the only host that knows whether the main process still runs; "" where it was checked
     servers: list[ServerStatus] = field(default_factory=list)
+    failed_fetches: list[FailedFetch] = field(default_factory=list)  # [] while a main process works on the run
 
     @property
     def job_count(self) -> JobCount:
@@ -188,6 +190,8 @@ class RunStatus:
         states = {job.state for job in self.jobs}
         if states == {DONE}:
             return DONE
+        if self.failed_fetches:
+            return FAILED
         return next(
             (state for state in (FAILED, RUNNING, QUEUED, UNKNOWN) if state in states), self._idle_state(states)
         )
@@ -222,6 +226,7 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None, main_process
     now_s = None if nobody_knows else time.time()
     rows = plan["stages"]
     entropies = read_unigram_entropies(paths, rows)
+    stopped_early = owner is None and any(statuses[job].state != DONE for job in jobs)
     stages = [
         _stage_status(paths, row, statuses[job], entropies.get(row["dataset"]), now_s)
         for row, job in zip(rows, trained, strict=True)
@@ -241,6 +246,7 @@ def read_status(paths: RunPaths, ask_queue: AskQueue | None = None, main_process
         training_left_s=training_left_s([_work(row, stage) for row, stage in zip(rows, stages, strict=True)]),
         other_gpu_hours=_other_gpu_hours(paths, plan, statuses, now_s),
         unchecked_host=unchecked_host,
+        failed_fetches=failed_fetches(paths, _evaluated_tasks(jobs)) if stopped_early else [],
     )
 
 
@@ -275,6 +281,11 @@ def _read_plan(paths: RunPaths) -> PlanFile:
 
 def _planned_jobs(plan: PlanFile) -> list[JobId]:
     return [JobId(row["kind"], tuple(row["names"])) for row in plan["jobs"]]
+
+
+def _evaluated_tasks(jobs: list[JobId]) -> list[tuple[str, str]]:
+    """Return (stage, task) of the planned evaluations."""
+    return [(job.names[0], job.names[2]) for job in jobs if job.kind == "evaluate"]
 
 
 def _other_gpu_hours(

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from longhaul.errors import printable
 from longhaul.report import number_format as text
+from longhaul.report.failed_fetches import FailedFetch
 from longhaul.report.run_status import (
     DONE,
     FAILED,
@@ -58,6 +59,7 @@ def status_view(status: RunStatus) -> RenderableType:
         StageTable(status),
         *details,
         *map(_job_line, _jobs_to_show(status)),
+        *map(_fetch_line, status.failed_fetches),
         *map(_server_line, status.servers),
         *_notes(status),
     )
@@ -196,6 +198,12 @@ def _job_line(job: JobStatus) -> Text:
     return line.append(printable(f"\n  remedy: {job.remedy}")) if job.remedy else line
 
 
+def _fetch_line(fetch: FailedFetch) -> Text:
+    return Text.assemble(
+        printable(f"{fetch.name} "), (FAILED, _STYLES[FAILED]), printable(f": {fetch.cause}\n  remedy: {fetch.remedy}")
+    )
+
+
 def _server_line(server: ServerStatus) -> Text:
     endpoint = server.endpoint
     if endpoint is None:
@@ -279,6 +287,7 @@ def summary_lines(status: RunStatus, seconds: float | None = None) -> list[str]:
     if seconds is not None:
         state = f"{state if state == DONE else 'the requested targets are made'} after {text.duration(seconds)}"
     lines = [f"Run {status.run}: {state} ({status.job_count})"]
+    lines += [f"  {line}" for fetch in status.failed_fetches for line in _fetch_line(fetch).plain.splitlines()]
     for stage in status.stages:
         if progress := stage.progress:
             lines.append(
