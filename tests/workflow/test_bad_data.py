@@ -100,6 +100,25 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert not (tmp_path / "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("operation", ["ns.a == ns.b", "{ns.a: 1}"])
+def test_a_chat_template_with_an_endless_operation_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tokenizer_folder: Path,
+    operation: str,
+):
+    monkeypatch.setattr("longhaul.data.tokenizers.chat_template.RENDER_LIMIT_S", 1)
+    nested = "{% for i in range(60) %}{% set ns.a = (ns.a, ns.a) %}{% set ns.b = (ns.b, ns.b) %}{% endfor %}"
+    template = tmp_path / "endless.jinja"
+    template.write_text(f"{{% set ns = namespace(a=(1,), b=(1,)) %}}{nested}{{{{ {operation} }}}}")
+    path = json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"]
+    job = tokenizer_job(tmp_path, path=path, train_vocab_size=None, chat_template=str(template))
+    message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
+    assert "one operation of the chat template, such as the comparison of nested lists, has no end" in message
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
 def test_a_tokenizer_with_ids_too_large_for_shards_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
 ):

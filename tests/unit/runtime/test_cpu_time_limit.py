@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import threading
 import time
@@ -19,11 +20,28 @@ def test_endless_code_ends():
     assert time.process_time() - started < 2
 
 
+def test_one_endless_operation_ends_its_process():
+    """Python runs no signal handler inside of it."""
+    child = multiprocessing.get_context("fork").Process(target=_compare_nested_lists)
+    child.start()
+    child.join(60)
+    assert child.exitcode == -signal.SIGPROF
+
+
+def _compare_nested_lists() -> None:
+    one, other = [1], [1]
+    for _ in range(60):
+        one, other = [one, one], [other, other]
+    with cpu_time_limit(0.05):
+        assert one == other
+
+
 def test_quick_code_leaves_no_timer_and_no_handler():
     before = signal.getsignal(signal.SIGVTALRM)
     with cpu_time_limit(5):
         pass
-    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0) and signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == signal.getitimer(signal.ITIMER_PROF) == (0, 0)
+    assert signal.getsignal(signal.SIGVTALRM) == before
 
 
 def test_other_threads_have_no_limit():

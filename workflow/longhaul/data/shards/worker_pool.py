@@ -158,8 +158,8 @@ def _process_pool(workers: int, *counters: ProgressCounters) -> Iterator[Process
             yield pool
         except BrokenProcessPool:
             raise UserError(
-                "a tokenizing process was killed, most often for lack of memory",
-                "give the job more memory or fewer CPUs",
+                "a tokenizing process was killed, most often for lack of memory, else by an endless chat template",
+                "give the job more memory or fewer CPUs, or use another tokenizer.chat_template",
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

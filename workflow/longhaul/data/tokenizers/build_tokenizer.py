@@ -5,6 +5,9 @@ The result is a Hugging Face tokenizer folder.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,7 @@ from longhaul.artifacts.atomic_files import content_hash, file_sha256
 from longhaul.config.shipped_files import data_root
 from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
-from longhaul.data.tokenizers.chat_template import ChatTemplate
+from longhaul.data.tokenizers.chat_template import RENDER_LIMIT_S, ChatTemplate
 from longhaul.data.tokenizers.tokenizer_size import require_size
 from longhaul.errors import InputError, UserError, first_line
 from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
@@ -155,7 +158,7 @@ def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bo
         saved = Path(temporary) / "tokenizer"
         tokenizer.save_pretrained(saved)
         if test_chat_template:
-            ChatTemplate.load(saved).render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
+            _test(ChatTemplate.load(saved))
         digest = _hash(tokenizer, saved)
         folder = root / digest
         if folder.exists() and _file_hashes(folder) != _file_hashes(saved):
@@ -163,6 +166,31 @@ def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bo
         if not folder.exists():
             saved.replace(folder)
     return folder, digest
+
+
+def _test(template: ChatTemplate) -> None:
+    """Raise UserError if a template refuses a small conversation.
+
+    A child process tries it first, because a template may contain one operation that only the end of its process ends.
+    """
+    child = multiprocessing.get_context("fork").Process(target=_exit_if_refused, args=(template,))
+    child.start()
+    child.join()
+    if child.exitcode == -signal.SIGPROF:
+        raise UserError(
+            "test of the tokenizer's chat template: one operation of the chat template, such as the comparison of nested "
+            f"lists, has no end within {2 * RENDER_LIMIT_S} s of CPU time",
+            "remove the operation, or give another template as tokenizer.chat_template (templates/chat has some)",
+        )
+    if child.exitcode:
+        template.render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
+
+
+def _exit_if_refused(template: ChatTemplate) -> None:
+    try:
+        template.render(_TEST_CONVERSATION, "test")
+    except UserError:
+        sys.exit(1)
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
