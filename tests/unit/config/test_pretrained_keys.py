@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from longhaul.config.architectures import ARCHITECTURES, Model
+from longhaul.config.pretrained_format import trained_config
 from longhaul.config.pretrained_keys import check_pretrained_keys
 from longhaul.errors import UserError
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, LLAMA
@@ -91,6 +92,14 @@ def test_no_key_replaces_what_transformers_config_class_has(family: str):
     for name in set(dir(config_class)) - keys - CLASS_NAMES_THAT_ARE_KEYS:
         with pytest.raises(UserError, match=f"config.json: '{name}' is a name that transformers' config classes use"):
             check_pretrained_keys({**base, name: {}})
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])
+def test_functions_that_config_json_chooses_are_left_out(key: str):
+    base = {"model_type": "llama", "tie_word_embeddings": False, **LLAMA}
+    for chosen in ({key: "not_installed"}, {f"_{key}": "not_installed"}):
+        assert failure({**base, **chosen})
+        assert trained_config(check_pretrained_keys({**base, **chosen})) == base
 
 
 def test_an_integer_becomes_the_float_that_transformers_needs():

@@ -22,6 +22,14 @@ from longhaul.errors import UserError
 
 _FUSED_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 _PROJECTIONS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+_LEFT_OUT = {
+    "quantization_config",
+    "attn_implementation",
+    "_attn_implementation",
+    "experts_implementation",
+    "_experts_implementation",
+}
+"""Keys of config.json that are not for the trained model: its weights are not quantized, and longhaul chooses the functions."""
 DAMAGED_PRETRAINED_HINT = "restore the file, or download the pretrained model again"
 FP8 = {"quant_method": "fp8", "fmt": "e4m3"}
 
@@ -76,8 +84,11 @@ def mtp_prefixes(config: HuggingFaceConfig) -> tuple[str, ...]:
 
 
 def trained_config(config: HuggingFaceConfig) -> HuggingFaceConfig:
-    """Return the config of the trained and exported model: not quantized, without multi-token prediction layers."""
-    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    """Return the config of the trained and exported model: not quantized, without multi-token prediction layers.
+
+    Keys that choose functions of transformers are left out, too: flash_attention_2 needs a package that may be missing here.
+    """
+    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     return kept | ({"num_nextn_predict_layers": 0} if mtp_prefixes(config) else {})
 
 
