@@ -144,6 +144,37 @@ def test_evaluations_whose_jobs_would_share_a_name_are_refused(tmp_path: Path, j
     planned(tmp_path, {"tasks": ["quiz"]}, **{**changes, "stages.1.name": "chat"})
 
 
+@pytest.mark.parametrize(
+    ("dataset", "files", "places"),
+    [
+        ("json", {"train": "hf://datasets/a/b/x.jsonl", "test": "hf://datasets/c/d/x.jsonl"}, "a/b@main and c/d@main"),
+        ("json", ["hf://datasets/a/b/x.jsonl", "hf://datasets/a/b@v1/x.jsonl"], "a/b@main and a/b@v1"),
+        ("json", ["quiz.jsonl", "hf://datasets/a/b/x.jsonl"], "a/b@main and this machine"),
+        ("a/b", ["x.jsonl", "hf://datasets/c/d/x.jsonl"], "a/b@main and c/d@main"),
+    ],
+)
+def test_data_of_several_repositories_are_refused_because_one_commit_is_pinned(
+    tmp_path: Path, dataset: str, files: Any, places: str
+):
+    """The commit of the first repository was written into the addresses of all files."""
+    task = {"dataset_path": dataset, "dataset_kwargs": {"data_files": files}}
+    with pytest.raises(
+        UserError, match=rf"quiz\.yaml: the data are in {places}, and one dataset has one commit"
+    ) as refused:
+        planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task)
+    assert "write a task for each repository" in refused.value.hint
+
+
+def test_data_of_one_repository_are_accepted_in_all_spellings(tmp_path: Path):
+    files = {"train": "hf://datasets/a/b/x.jsonl", "test": ["hf://datasets/a/b@main/y.jsonl"]}
+    for task in (
+        {"dataset_kwargs": {"data_files": files}},
+        {"dataset_path": "a/b", "dataset_kwargs": {"data_files": {**files, "more": "z.jsonl"}}},
+        {"dataset_path": "a/b", "dataset_kwargs": {"revision": "v1"}},
+    ):
+        planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task)
+
+
 def test_task_file_may_not_name_python_code(tmp_path: Path):
     (tmp_path / "code.yaml").write_text("task: quiz\ndataset_path: json\nprocess_docs: !function utils.f\n")
     with pytest.raises(UserError, match="tag !function is not allowed"):

@@ -80,6 +80,17 @@ def hub_source(path: str, options: dict[str, Any]) -> tuple[str, str]:
     return path, options.get("revision") or "main"
 
 
+def places_of_data(path: str, options: dict[str, Any]) -> list[str]:
+    """Return the places that load_dataset(path, **options) reads: "<repository>@<revision>" of the Hub, or "this machine"."""
+    places = set[str]()
+    for file in named_files(options) or [""]:
+        if found := _FILE_OF_HUB.match(file):
+            places.add(f"{found['repository']}@{found['revision'] or 'main'}")
+        else:
+            places.add("this machine" if path in LOCAL_FORMATS else f"{path}@{options.get('revision') or 'main'}")
+    return sorted(places)
+
+
 def at_commit(path: str, options: dict[str, Any], commit: str) -> dict[str, Any]:
     """Return options of load_dataset that read all of the data at a commit, also for a task that would stream them."""
     whole = {key: value for key, value in options.items() if key != "streaming"}

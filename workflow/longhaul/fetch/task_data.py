@@ -24,7 +24,7 @@ from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.compat.lm_eval import build_tasks
 from longhaul.config.load_config import LoadedConfig
 from longhaul.errors import UserError, first_line
-from longhaul.planning.evaluation_tasks import own_task
+from longhaul.planning.evaluation_tasks import check_one_place, own_task
 
 _INSTALL = "pip install 'longhaul[evaluate]' where longhaul runs"
 
@@ -72,6 +72,7 @@ class _Recorder:
         """Return a dataset as datasets.load_dataset does, and store it unless it consists of local files."""
         from huggingface_hub import HfApi
 
+        check_one_place(self._where, path, options)
         if reads_local_files(path, options):
             return self._download(path=path, name=name, **options)
         request = dataset_request(path, name, options)

@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from longhaul.artifacts.paths import RunPaths
-from longhaul.artifacts.task_data_lock import LOCAL_FORMATS, named_files, reads_local_files, rename_files
+from longhaul.artifacts.task_data_lock import (
+    LOCAL_FORMATS,
+    named_files,
+    places_of_data,
+    reads_local_files,
+    rename_files,
+)
 from longhaul.config.field_types import HUB_REPOSITORY_PATTERN
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.run_config import Config
@@ -107,6 +113,7 @@ def _read_task_file(key: str, path: Path, run: str, _changed_ns: int) -> TaskFil
             f"correct or remove it; the keys are {', '.join(sorted(TASK_KEYS - {'custom_dataset'}))}",
         )
     _check_data(f"{key}: {path}", config["dataset_path"], named_files(config.get("dataset_kwargs") or {}))
+    check_one_place(f"{key}: {path}", config["dataset_path"], config.get("dataset_kwargs") or {})
     _check_metrics(f"{key}: {path}", config.get("metric_list") or [])
     config = _name_run_in_data_files(config, run)
     return TaskFile(path, task, config, _local_files(config))
@@ -125,6 +132,16 @@ def _check_data(where: str, dataset: str, files: list[str]) -> None:
         raise UserError(
             f"{where} reads {url}, which has no revision to pin",
             "download it and give the path of the file, or name a file of the Hub: hf://datasets/OWNER/NAME/FILE",
+        )
+
+
+def check_one_place(where: str, dataset: str, options: dict[str, Any]) -> None:
+    """Raise UserError if load_dataset(dataset, **options) reads several repositories: fetch pins the commit of one."""
+    places = places_of_data(dataset, options)
+    if len(places) > 1:
+        raise UserError(
+            f"{where}: the data are in {' and '.join(places)}, and one dataset has one commit to pin",
+            "write a task for each repository and revision; or download the files, and name them in dataset_kwargs.data_files",
         )
 
 
