@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from longhaul.cli import main
 from longhaul.config.run_config import Config
@@ -330,7 +333,9 @@ def test_special_characters_reach_jobs_unchanged(tmp_path: Path):
     run.mkdir()
     done = snakemake(run, "results/small/plan.json", "--configfile", str(config), "--forcerun", "render")
     assert done.returncode == 0, done.stderr
-    assert (run / "results" / "small" / "config.yaml").read_text() == config.read_text()
+    copy = run / "results" / "small" / "config.yaml"
+    assert yaml.safe_load(copy.read_text()) == {**yaml.safe_load(config.read_text()), "site": "site.yaml"}
+    assert copy.with_name("site.yaml").read_text() == config.with_name("site.yaml").read_text()
     launch = (run / "results" / "small" / "jobs" / "environment" / "launch.sh").read_text()
     exports = [line for line in launch.splitlines() if line.startswith("export X=")]
     printed = subprocess.run(
@@ -338,6 +343,10 @@ def test_special_characters_reach_jobs_unchanged(tmp_path: Path):
     )
     assert printed.stdout == special
     assert not [*tmp_path.rglob("pwned"), *REPOSITORY.glob("pwned")]
+    shutil.rmtree(folder)
+    prune = [sys.executable, "-m", "longhaul", "prune", str(copy)]
+    done = subprocess.run(prune, cwd=run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("nothing is old"), done.stderr
 
 
 TEXTS: dict[str, tuple[bytes, str]] = {

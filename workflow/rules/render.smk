@@ -1,7 +1,8 @@
 """
 Writes the plan, and what each stage's weights depend on.
 IN   the config
-OUT  results/<run>/plan.json, config.yaml;  results/<run>/stages/<stage>/result_spec.json
+OUT  results/<run>/plan.json, config.yaml, site.yaml (of a user's own site file)
+     results/<run>/stages/<stage>/result_spec.json
 
 The files that jobs are started with (launch.sh, job.sbatch, job specs, DeepSpeed configs) are no outputs of a rule. The main
 process writes them when it starts and after a fetch. As outputs they would hide other causes: Snakemake does not look for
@@ -27,7 +28,8 @@ rule render:
         key=plan_key(PLAN),
         config=CONFIG,
     shell:
-        "(longhaul plan {params.config:q} --out {output.plan:q} && cp {params.config:q} {output.config:q}) >> {log:q} 2>&1"
+        "(longhaul plan {params.config:q} --out {output.plan:q} && longhaul job copy-config {params.config:q} {output.config:q}) "
+        ">> {log:q} 2>&1"
 
 
 # A file and not a parameter of train: while a check runs again, Snakemake does not compare the parameters of the jobs

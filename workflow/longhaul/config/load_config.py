@@ -77,6 +77,11 @@ def load_site(written: str, folder: Path) -> Site:
     return read_model(find_site(written, folder), Site)
 
 
+def names_a_file(written: str) -> bool:
+    """Return whether the value of a key that takes a shipped file's name or a path is a path."""
+    return "/" in written or written.endswith((".yaml", ".yml"))
+
+
 def find_site(written: str, folder: Path) -> Path:
     """Return the file of the site with this name in config/sites, or this path relative to `folder`.
 
@@ -85,7 +90,7 @@ def find_site(written: str, folder: Path) -> Path:
     Raises:
         UserError: there is no such site or file.
     """
-    if "/" in written or written.endswith((".yaml", ".yml")):
+    if names_a_file(written):
         path = absolute_path("site", written, folder)
         if not path.exists():
             raise UserError(

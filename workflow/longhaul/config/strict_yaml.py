@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from longhaul.config.shipped_files import KEY_LIST
 from longhaul.config.validation_messages import shortened
 from longhaul.errors import UserError
 
+_TEXT = "tag:yaml.org,2002:str"
 _MAX_BYTES, _MAX_VALUES, _MAX_DEPTH, _MAX_DIGITS = 200_000, 100_000, 20, 1000
 
 
@@ -108,6 +110,34 @@ def _parse(path: Path) -> object:
         ) from None
     except RecursionError:
         raise UserError(f"{path} is nested too deeply", f"use at most {_MAX_DEPTH} levels") from None
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """A text among the values of a YAML file, and the part of the file that it is written in."""
+
+    keys: tuple[str, ...]
+    value: str
+    start: int
+    end: int
+
+
+def written_texts(yaml_text: str) -> list[WrittenText]:
+    """Return the texts among the values of a valid YAML file, in its order. An alias (*) is no place of its own."""
+    root = yaml.compose(yaml_text, Loader=_StrictLoader)  # nosec B506  # a SafeLoader
+    found = {value.start: value for value in (_texts_of(root, ()) if root else ())}
+    return [found[start] for start in sorted(found)]
+
+
+def _texts_of(node: yaml.Node, keys: tuple[str, ...]) -> Iterator[WrittenText]:
+    if isinstance(node, yaml.ScalarNode) and node.tag == _TEXT:
+        yield WrittenText(keys, node.value, node.start_mark.index, node.end_mark.index)
+    elif isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield from _texts_of(value, (*keys, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for number, value in enumerate(node.value):
+            yield from _texts_of(value, (*keys, str(number)))
 
 
 def _check_file(path: Path) -> None:

@@ -17,7 +17,7 @@ from longhaul.artifacts.task_data_lock import (
     rename_files,
 )
 from longhaul.config.field_types import HUB_REPOSITORY_PATTERN
-from longhaul.config.load_config import LoadedConfig
+from longhaul.config.load_config import LoadedConfig, names_a_file
 from longhaul.config.run_config import Config
 from longhaul.config.shipped_files import data_root
 from longhaul.config.stage_config import Stage
@@ -78,7 +78,7 @@ def read_task_files(loaded: LoadedConfig, stage: Stage) -> list[TaskFile]:
 
 def _task_path(loaded: LoadedConfig, key: str, written: str) -> Path:
     """Return the path of a task file: the one of this name in config/evaluation, or a path relative to the config file."""
-    if "/" in written or written.endswith((".yaml", ".yml")):
+    if names_a_file(written):
         return loaded.resolve(key, written)
     return SHIPPED_TASKS / f"{written}.yaml"
 

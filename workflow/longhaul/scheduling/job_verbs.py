@@ -1,5 +1,5 @@
-"""Registers the hidden verbs `longhaul job supervise`, `render` and `run`, which launch scripts and rules call; other modules do
-the work.
+"""Registers the hidden verbs `longhaul job supervise`, `render`, `copy-config` and `run`, which launch scripts and rules call;
+other modules do the work.
 
 A verb imports what it needs when it runs, so that the start of a job stays fast.
 """
@@ -39,6 +39,19 @@ def render(
     from longhaul.planning.load_plan import load_plan
 
     write_launch_files(load_plan(config), Path.cwd())
+
+
+@app.command("copy-config")
+def copy_run_config(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or `demo`.")],
+    copy: Annotated[Path, typer.Argument(metavar="COPY", help="Where the copy is written.")],
+) -> None:
+    """Copy a run's config and site file, so that the copy does not depend on other places of these files."""
+    from longhaul.config.copy_config import copy_config
+    from longhaul.config.load_config import load_config
+    from longhaul.planning.load_plan import config_path
+
+    copy_config(load_config(config_path(config)), copy)
 
 
 @app.command("run")
