@@ -182,6 +182,22 @@ def test_the_scaled_positions_are_always_stated():
     assert with_official_keys(config)["rope_scaling"]["original_max_position_embeddings"] == 512
 
 
+@pytest.mark.parametrize(
+    "keys", [{}, {"factor": 2.0}, {"original_max_position_embeddings": 128}, {"attention_factor": 1.5}]
+)
+def test_transformers_4_gets_the_positions_and_the_scale_of_longrope(keys: dict[str, Any]):
+    """It reads the positions beside rope_scaling alone, and fails without them and a factor."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, **keys}
+    sizes = {"model_type": "llama", "max_position_embeddings": 512, "hidden_size": 64, "num_attention_heads": 4}
+    written = with_official_keys({**sizes, "rope_parameters": rope})
+    positions = keys.get("original_max_position_embeddings", 512)
+    assert written["original_max_position_embeddings"] == positions
+    assert written["rope_scaling"]["original_max_position_embeddings"] == positions
+    trained = rotary_numbers({**sizes, "rope_parameters": rope})
+    assert written["rope_scaling"]["attention_factor"] == trained.attention_scale
+    assert rotary_numbers(written) == trained
+
+
 def test_keys_of_a_pretrained_folder_do_not_override_the_network():
     base = {"model_type": "deepseek_v3", "rope_theta": 5.0, "num_nextn_predict_layers": 1, "scoring_func": "softmax"}
     written = with_official_keys(base | {"max_position_embeddings": 8})

@@ -14,7 +14,7 @@ from longhaul.artifacts.atomic_files import read_json, write_json
 from longhaul.config.architectures import FIXED_ROUTING
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.hub_tensors import untied_where_servers_do_not_tie
-from longhaul.config.rotary_embedding import rope_parameters
+from longhaul.config.rotary_embedding import rope_parameters, rotary_numbers
 from longhaul.export.fp8_tensors import DTYPE as FP8
 from longhaul.export.fp8_tensors import quantization_config
 from longhaul.export.model_without_memory import hugging_face_config
@@ -27,6 +27,7 @@ _CONSTANTS: dict[str, HuggingFaceConfig] = {
     # The exported network has no multi-token prediction layers.
     "deepseek_v3": _DEEPSEEK | FIXED_ROUTING["deepseek_v3"] | {"num_nextn_predict_layers": 0},
 }
+_POSITIONS = "original_max_position_embeddings"
 _LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3")
 
 
@@ -77,7 +78,12 @@ def _both_rope_forms(config: HuggingFaceConfig) -> HuggingFaceConfig:
     rope = {"rope_type": "default", **rope_parameters(config)}
     if rope["rope_type"] == "yarn":
         # The default of transformers. vLLM has none.
-        rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+        rope.setdefault(_POSITIONS, config["max_position_embeddings"])
+    further: HuggingFaceConfig = {}
+    if rope["rope_type"] == "longrope":
+        # transformers 4 reads the positions beside rope_scaling alone, and takes no other factor than their ratio.
+        further = {_POSITIONS: rope.setdefault(_POSITIONS, config["max_position_embeddings"])}
+        rope["attention_factor"] = rotary_numbers(config).attention_scale
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     if config["model_type"] in _LATENT_ATTENTION:
         scaling["type"] = rope["rope_type"]  # the word of DeepSeek's own repositories and code
@@ -86,4 +92,5 @@ def _both_rope_forms(config: HuggingFaceConfig) -> HuggingFaceConfig:
         "rope_parameters": rope,
         "rope_scaling": scaling if is_scaled else None,
         "rope_theta": rope["rope_theta"],
+        **further,
     }
