@@ -141,6 +141,8 @@ def test_export_keeps_the_settings_of_the_pretrained_model(zero_checkpoints: Pat
 
     loaded = GenerationConfig.from_pretrained(folder)
     assert (loaded.eos_token_id, loaded.temperature, loaded.top_p) == ([7, 8, 1], 0.6, 0.95)
+    (weights / "pretrained_generation.json").unlink()
+    assert GenerationConfig.from_pretrained(Path(export(stage).path)).eos_token_id == [7, 8, 1], "those of config.json"
 
 
 def test_exports_of_other_precisions_stay_and_latest_names_the_newest(zero_checkpoints: Path, tmp_path: Path):

@@ -21,8 +21,14 @@ def test_the_tokenizers_end_is_always_an_end():
 
 def test_sampling_values_stay():
     base = {"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 9], "transformers_version": "4.45.0"}
-    assert generation_settings(base, TOKENIZER) == base | {"pad_token_id": 2}
-    assert generation_settings({}, TOKENIZER) == {"eos_token_id": 1, "pad_token_id": 2}
+    assert generation_settings(base, {"eos_token_id": [5, 6]}, TOKENIZER) == base | {"pad_token_id": 2}
+    assert generation_settings({}, {}, TOKENIZER) == {"eos_token_id": 1, "pad_token_id": 2}
+
+
+def test_ends_of_the_models_config_count_without_a_generation_config():
+    """transformers takes them from config.json where the folder has no generation_config.json."""
+    assert generation_settings({}, {"eos_token_id": [7, 8]}, TOKENIZER)["eos_token_id"] == [7, 8, 1]
+    assert generation_settings({"temperature": 0.6}, {"eos_token_id": 1}, TOKENIZER)["eos_token_id"] == 1
 
 
 def test_unknown_keys_stay_and_descriptions_of_the_folder_go():

@@ -130,7 +130,8 @@ def _write_configs(folder: Path, source: VerifiedCheckpoint, architecture: str, 
         "pad_token_id": source.tokenizer.pad_id,
     }
     write_hub_config(folder / "config.json", source.model_config, tokenizer, architecture, dtype)
-    write_json(folder / "generation_config.json", generation_settings(source.generation_config, tokenizer))
+    generation = generation_settings(source.generation_config, source.model_config, tokenizer)
+    write_json(folder / "generation_config.json", generation)
 
 
 def _verify(exported: WrittenExport, source: VerifiedCheckpoint, dtype: torch.dtype) -> dict[str, dict[str, object]]:

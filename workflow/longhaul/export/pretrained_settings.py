@@ -22,9 +22,16 @@ def special_token_ids(base: HuggingFaceConfig, tokenizer: dict[str, int | None])
     return ids
 
 
-def generation_settings(base: HuggingFaceConfig, tokenizer: dict[str, int | None]) -> HuggingFaceConfig:
-    """Return the content of generation_config.json; `base` is that of the pretrained model, or {}."""
-    found = base | special_token_ids(base, tokenizer)
+def generation_settings(
+    base: HuggingFaceConfig, model: HuggingFaceConfig, tokenizer: dict[str, int | None]
+) -> HuggingFaceConfig:
+    """Return the content of generation_config.json.
+
+    base:  that of the pretrained model, or {}
+    model: content of the model's config.json, whose ends of a text count where `base` names none, as in transformers
+    """
+    ends = {"eos_token_id": model.get("eos_token_id")} if base.get("eos_token_id") is None else {}
+    found = base | special_token_ids(base | ends, tokenizer)
     return {key: value for key, value in found.items() if value is not None or key in base}
 
 
