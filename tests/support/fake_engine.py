@@ -24,7 +24,8 @@ ACTIVE: set[int] = set()
 class Handler(BaseHTTPRequestHandler):
     """Answers /health to everybody, and all else to those who know the key. /v1/slow takes two seconds.
 
-    While a file `loading` is in the working folder, it answers like a server that loads its model.
+    While a file `loading` is in the working folder, it answers like a server that loads its model. A file `dies` ends the engine
+    after its first answer, and is removed.
     """
 
     def do_GET(self) -> None:
@@ -41,6 +42,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+            if Path("dies").exists():
+                Path("dies").unlink()
+                os._exit(9)
         finally:
             ACTIVE.discard(threading.get_ident())
 

@@ -95,6 +95,15 @@ def test_a_server_that_still_loads_is_shown_and_can_be_stopped(run: ServedRun):
     wait_for(lambda: not run.processes())
 
 
+def test_an_engine_that_ends_after_its_first_answer_is_started_again(run: ServedRun):
+    """Its end is no wrong address, for which another start would not help."""
+    (run.folder / "dies").touch()
+    endpoint = run.start()
+    assert len(run.started_engines()) == 2 and answer(f"{endpoint.url}/models", KEY) == 200
+    assert run.call("--stop").returncode == 0
+    wait_for(lambda: not run.processes())
+
+
 def test_a_server_that_listens_elsewhere_is_ended(tmp_path: Path):
     serving = {**FAKE_VLLM, "environment": {"LISTEN_AT": "0.0.0.0"}}
     run = ServedRun(tmp_path.resolve(), {"drain_s": 1}, {**LOCAL_SITE, "serving": serving})

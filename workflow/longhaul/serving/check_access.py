@@ -54,12 +54,19 @@ def check_address(server: Server, listens_at: list[str]) -> None:
     """Check that the server's port is open at its own address only.
 
     Raises:
-        UserError: it is open at another address.
+        UserError: it is open at another address, or another process has it.
     """
     at_port = [address for address in listens_at if address.endswith(f":{server.port}")]
+    if not at_port:
+        raise UserError(
+            f"no process of the server of {server.serving.engine} listens at {server.host}:{server.port}, where something "
+            "answers",
+            "start again if another process has taken the port; serving.python must start the engine as a process of its own, "
+            "not through a daemon such as Docker's",
+        )
     if at_port != [f"{server.host}:{server.port}"]:
         raise UserError(
-            f"the server of {server.serving.engine} listens at {', '.join(at_port) or 'no known address'} instead of "
+            f"the server of {server.serving.engine} listens at {', '.join(at_port)} instead of "
             f"{server.host}:{server.port} alone",
             "remove options of the site key `serving` that open further addresses",
         )

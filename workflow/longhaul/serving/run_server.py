@@ -6,9 +6,10 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from subprocess import TimeoutExpired
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder
+from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.runtime.process_tree import signal_at_end_of_parent
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from subprocess import Popen
 
 _POLL_S = 0.5
+_END_OF_GUARDIAN_S = 2.0
 _STOP_MARGIN_S = 30.0
 """Time before the end of an allocation in which the job requeues itself, after the requests have ended."""
 
@@ -99,11 +102,18 @@ def _wait_until_ready(server: Server, guardian: Popen[bytes], timeout_s: float, 
 
     Raises:
         UserError: it does not answer in time, it listens at another address, or it answers without the key.
+        RuntimeError: it ended after its first answer.
     """
     wait_until_healthy(server, guardian, timeout_s)
-    check_address(server, listening_addresses(psutil.Process(guardian.pid)))
-    if key:
-        check_keys(server, key)
+    try:
+        check_address(server, listening_addresses(psutil.Process(guardian.pid)))
+        if key:
+            check_keys(server, key)
+    except Exception as error:
+        # The guardian ends a moment after the engine. An engine that has ended listens nowhere and answers nothing.
+        with suppress(TimeoutExpired):
+            raise _engine_ended(server.serving, guardian.wait(_END_OF_GUARDIAN_S)) from error
+        raise
 
 
 def _wait_for_end(job: ServeSpec, guardian: Popen[bytes], signals: _StopSignals) -> str:
@@ -116,10 +126,14 @@ def _wait_for_end(job: ServeSpec, guardian: Popen[bytes], signals: _StopSignals)
         if signals.received:
             return SIGNALLED
         if guardian.poll() is not None:
-            raise RuntimeError(f"the engine {job.serving.engine} ended with code {guardian.returncode}")
+            raise _engine_ended(job.serving, guardian.returncode)
         if reason := _end_of_allocation(job):
             return reason
         time.sleep(_POLL_S)
+
+
+def _engine_ended(serving: Serving, code: int) -> RuntimeError:
+    return RuntimeError(f"the engine {serving.engine} ended with code {code}")
 
 
 def _end_of_allocation(job: ServeSpec) -> str:
