@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import stat
 import subprocess
 import threading
@@ -93,6 +95,22 @@ def test_a_server_that_still_loads_is_shown_and_can_be_stopped(run: ServedRun):
     assert "loads the model; it will answer at http://127.0.0.1:" in _longhaul(run, "status", "results/small")
     assert run.call("--stop").returncode == 0
     wait_for(lambda: not run.processes())
+
+
+def test_a_server_that_starts_is_known_before_it_has_an_endpoint(run: ServedRun):
+    """The job hashes the export first. Here its processes are paused meanwhile."""
+    run.start_verb()
+    wait_for(lambda: run.job.server_lock.exists() and run.job.server_lock.stat().st_size)
+    assert run.process
+    os.killpg(run.process.pid, signal.SIGSTOP)
+    assert not run.job.endpoint.exists()
+    second = run.call()
+    assert second.returncode == 2 and f"process {run.process.pid} on " in second.stderr and "already" in second.stderr
+    os.killpg(run.process.pid, signal.SIGCONT)
+    stopped = run.call("--stop")
+    assert stopped.returncode == 0 and "stopped process" in stopped.stdout, stopped.stderr
+    wait_for(lambda: not run.processes())
+    assert run.call("--stop").returncode == 2, "a lock without its process is no server"
 
 
 def test_an_engine_that_ends_after_its_first_answer_is_started_again(run: ServedRun):

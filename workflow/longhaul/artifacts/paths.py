@@ -74,6 +74,11 @@ class JobFolder:
         return self.path / "failure.json"
 
     @property
+    def server_lock(self) -> Path:
+        """File that the process of a local server locks until it ends; it holds its owner."""
+        return self.path / "server.lock"
+
+    @property
     def outcome(self) -> Path:
         return self.path / "outcome.json"
 

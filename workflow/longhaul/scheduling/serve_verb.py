@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import json
 import os
 import shlex
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -17,6 +21,7 @@ from longhaul.artifacts.endpoint import read_endpoint
 from longhaul.artifacts.job_state import this_host
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import SERVE_KIND, JobFolder, JobId
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.slurm_plugin import job_comment
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_request, job_spec
@@ -51,6 +56,8 @@ def serve(plan: Plan, stage: str) -> None:
     check_packages_here(plan.site.serving)
     _require_key_has_effect(plan)
     _require_no_server(plan, job)
+    if plan.site.scheduler == "local":
+        _own_server(plan, job)
     folder = write_job_files(plan, job, Path.cwd())
     spec = _spec(plan, job)
     if spec.key_file:
@@ -159,12 +166,57 @@ def _require_key_has_effect(plan: Plan) -> None:
 
 
 def _require_no_server(plan: Plan, job: JobId) -> None:
-    remedy = f"stop it first: longhaul serve {plan.loaded.path} {job.names[0]} --stop"
     if plan.site.scheduler == "slurm":
         if queued := _queued(plan, job):
-            raise UserError(f"job {queued.job_id} ({queued.state}) serves stage {job.names[0]} already", remedy)
+            raise _serves_already(plan, job, f"job {queued.job_id} ({queued.state})")
     elif owner := _local_server(plan, job):
-        raise UserError(f"{owner} serves stage {job.names[0]} already", remedy)
+        raise _serves_already(plan, job, str(owner))
+
+
+def _serves_already(plan: Plan, job: JobId, server: str) -> UserError:
+    stage = job.names[0]
+    return UserError(
+        f"{server} serves stage {stage} already", f"stop it first: longhaul serve {plan.loaded.path} {stage} --stop"
+    )
+
+
+def _own_server(plan: Plan, job: JobId) -> None:
+    """Lock the server of a stage until this process ends, also after it has become the supervisor.
+
+    endpoint.json comes later: the job first hashes the export. Two servers would overwrite each other's files.
+
+    Raises:
+        UserError: another process has the lock.
+    """
+    path = plan.paths.job(job).server_lock
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    if not _lock(handle):
+        raise _serves_already(plan, job, "another process")
+    os.set_inheritable(handle, True)  # the launch script gets it, and the supervisor from that; the engine does not
+    os.truncate(handle, 0)
+    os.write(handle, json.dumps(asdict(LeaseOwner.this_process())).encode())
+
+
+def _starting_server(path: Path) -> LeaseOwner | None:
+    """Return the process that has locked the server; None if no process has, or it has not written its name yet."""
+    if not path.exists():
+        return None
+    handle = os.open(path, os.O_RDWR)
+    try:
+        with suppress(UserError):
+            return None if _lock(handle) else read_typed_json(path, LeaseOwner)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file for this process. Return False if another process has locked it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _queued(plan: Plan, job: JobId) -> QueuedJob | None:
@@ -172,9 +224,11 @@ def _queued(plan: Plan, job: JobId) -> QueuedJob | None:
 
 
 def _local_server(plan: Plan, job: JobId) -> LeaseOwner | None:
-    """Return the process that serves on this machine."""
-    endpoint = read_endpoint(plan.paths.job(job).endpoint)
-    return endpoint.owner if endpoint and endpoint.owner.host == this_host() else None
+    """Return the process that serves on this machine, or is about to."""
+    folder = plan.paths.job(job)
+    endpoint = read_endpoint(folder.endpoint)
+    owner = endpoint.owner if endpoint else _starting_server(folder.server_lock)
+    return owner if owner and owner.host == this_host() else None
 
 
 def _submit(plan: Plan, job: JobId, folder: JobFolder) -> None:
