@@ -25,8 +25,8 @@ import torch
 from bench.gpu_speed import plan_stages, write_data
 from bench.gpu_speed_rows import MODELS
 from bench.machine import describe_machine, write_result
+from longhaul.artifacts.line_record_fields import START_UP_PHASES, read_events
 from longhaul.artifacts.paths import JobId, WeightsFolder
-from longhaul.artifacts.record_types import START_UP_PHASES, read_events
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from bench.machine import describe_machine, write_result
+from longhaul.artifacts.line_record_fields import Attempt
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import read_node_results
 from longhaul.artifacts.paths import QUARANTINE, RESULTS, WeightsFolder
 from longhaul.artifacts.quarantine import read_quarantine
-from longhaul.artifacts.record_types import Attempt
 from tests.cluster.fabric_drill import (
     CASES,
     HEALTHY,

@@ -14,8 +14,8 @@ from typing import Any
 
 import psutil
 
+from longhaul.artifacts.line_record_fields import MetricsRow, read_events
 from longhaul.artifacts.line_records import read_records
-from longhaul.artifacts.record_types import MetricsRow, read_events
 from longhaul.report.goodput import Goodput, read_goodput, start_up_times
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.pipeline_run_on_cluster import SITE, PipelineRunOnCluster

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 import torch
 
+from longhaul.artifacts.line_record_fields import StepProfile
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import StepProfile
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.train.monitoring.kernel_classes import ELEMENTWISE, MATRIX
 from longhaul.train.monitoring.profile_steps import StepProfiler

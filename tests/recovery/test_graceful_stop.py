@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from longhaul.artifacts.record_types import read_events
+from longhaul.artifacts.line_record_fields import read_events
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 

@@ -17,8 +17,8 @@ from longhaul.artifacts.artifact_schemas import (
 from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_json, write_text
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
+from longhaul.artifacts.line_record_fields import START_UP_PHASES, StepProfile
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
-from longhaul.artifacts.record_types import START_UP_PHASES, StepProfile
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.artifacts.record_types import read_events
+from longhaul.artifacts.line_record_fields import read_events
 from tests.support.pipeline_run import PipelineRun, tiny_config
 
 TOKENIZER = "results/tiny/tokenizer.json"

@@ -23,8 +23,8 @@ from longhaul.artifacts.job_state import (
     read_outcome,
     utc_now,
 )
+from longhaul.artifacts.line_record_fields import read_events
 from longhaul.artifacts.paths import JobFolder, RunPaths
-from longhaul.artifacts.record_types import read_events
 
 
 @pytest.mark.parametrize(

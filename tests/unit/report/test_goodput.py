@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.artifacts.record_types import Event
+from longhaul.artifacts.line_record_fields import Event
 from longhaul.report.goodput import Goodput, account, read_goodput, start_up_times
 
 

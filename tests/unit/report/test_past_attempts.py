@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from longhaul.artifacts.record_types import read_events
+from longhaul.artifacts.line_record_fields import read_events
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.search_logs import search_log
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts.line_record_fields import START_UP_PHASES
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.artifacts.record_types import START_UP_PHASES
 from longhaul.report import run_results as module
 from longhaul.report.run_results import JobTimespan, StageResults
 from tests.support.finished_run_files import write_finished_run

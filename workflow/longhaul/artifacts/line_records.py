@@ -1,4 +1,4 @@
-"""Reads and appends .jsonl files line by line, and skips damaged or half-written lines; record_types.py lists their fields.
+"""Reads and appends .jsonl files line by line, and skips damaged or half-written lines; line_record_fields.py lists their fields.
 
 A process that is killed while it writes leaves half a line. Such files only describe a run, so no reader fails because of a
 bad line: it is left out. A warning names it, unless it is the file's incomplete last line.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.line_record_fields import Time
 from longhaul.artifacts.line_records import append_record, read_records
 from longhaul.artifacts.paths import JobFolder, RunPaths
-from longhaul.artifacts.record_types import Time
 from longhaul.artifacts.typed_json import HostName
 
 

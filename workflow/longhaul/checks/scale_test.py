@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from longhaul.artifacts.record_types import MetricsRow
+from longhaul.artifacts.line_record_fields import MetricsRow
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.config.acceptance_limits import FEWEST_STEPS, step_time_spread
 from longhaul.config.scale_test_config import ScaleTest

@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Sequence
 
-from longhaul.artifacts.record_types import TimeBreakdown
+from longhaul.artifacts.line_record_fields import TimeBreakdown
 
 GPU_UTILISATION = 0.75
 """Minimum median share of time in which a kernel runs on a GPU."""

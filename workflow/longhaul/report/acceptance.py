@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport
 from longhaul.artifacts.fabric_report import FabricReport
-from longhaul.artifacts.record_types import TimeBreakdown
+from longhaul.artifacts.line_record_fields import TimeBreakdown
 from longhaul.config import acceptance_limits as limits
 from longhaul.config.acceptance_limits import communication_efficiency, step_time_spread
 from longhaul.report.number_format import percent

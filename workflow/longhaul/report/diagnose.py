@@ -10,8 +10,8 @@ from pathlib import Path
 
 from longhaul.artifacts.job_state import State, read_jobs_to_run, read_state
 from longhaul.artifacts.leases import Lease
+from longhaul.artifacts.line_record_fields import read_events
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
-from longhaul.artifacts.record_types import read_events
 from longhaul.errors import UserError, printable
 from longhaul.jobs.slurm_reasons import limits_number_of_jobs, never_starts, remedy_of
 from longhaul.report.ended_jobs import AskAccounting, EndedJob, how_it_ended

@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 
+from longhaul.artifacts.line_record_fields import Event, read_events
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.artifacts.record_types import Event, read_events
 
 ATTEMPT_BEGINS = ("running", "restarted")
 

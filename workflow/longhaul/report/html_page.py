@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 from longhaul import __version__
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import writable_file, write_text
-from longhaul.artifacts.record_types import StepProfile
+from longhaul.artifacts.line_record_fields import StepProfile
 from longhaul.config.shipped_files import data_root
 from longhaul.report import number_format as text
 from longhaul.report import plotly_figures as figures

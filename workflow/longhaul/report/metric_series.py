@@ -9,8 +9,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from longhaul.artifacts.line_record_fields import MetricsRow
 from longhaul.artifacts.line_records import read_lines
-from longhaul.artifacts.record_types import MetricsRow
 from longhaul.report.number_format import finite
 
 MAX_POINTS = 2000

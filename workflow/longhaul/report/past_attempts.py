@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from longhaul.artifacts.job_state import TRANSIENT
-from longhaul.artifacts.record_types import Event
+from longhaul.artifacts.line_record_fields import Event
 from longhaul.report.goodput import ATTEMPT_BEGINS
 from longhaul.report.search_logs import NOT_NEEDED, Finding, known_problems, match_line
 

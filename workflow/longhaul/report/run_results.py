@@ -22,10 +22,10 @@ from longhaul.artifacts.artifact_schemas import (
 from longhaul.artifacts.atomic_files import read_bytes
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.fabric_report import FabricReport
+from longhaul.artifacts.line_record_fields import START_UP_PHASES, Attempt, Event, StepProfile, read_events
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.pack_totals import cut_loss_share, share_of_padding
 from longhaul.artifacts.paths import JobFolder, JobId, RunPaths, WeightsFolder
-from longhaul.artifacts.record_types import START_UP_PHASES, Attempt, Event, StepProfile, read_events
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.artifacts.typed_json import read_typed_json

@@ -25,9 +25,9 @@ from longhaul.artifacts.job_state import (
     unreadable_records,
 )
 from longhaul.artifacts.leases import Lease, LeaseOwner
+from longhaul.artifacts.line_record_fields import Event, MetricsRow, read_events
 from longhaul.artifacts.paths import QUARANTINE, SERVE_KIND, STAGE_KIND, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.quarantine import quarantined_nodes
-from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.report.failed_fetches import FailedFetch, failed_fetches

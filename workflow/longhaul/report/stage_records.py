@@ -14,10 +14,10 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Count
+from longhaul.artifacts.line_record_fields import MetricsRow
 from longhaul.artifacts.line_records import read_first_records, read_last_records
 from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.artifacts.record_types import MetricsRow
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError

@@ -16,9 +16,9 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Count
+from longhaul.artifacts.line_record_fields import Event, MetricsRow, read_events
 from longhaul.artifacts.line_records import read_last_records
 from longhaul.artifacts.paths import JobFolder, WeightsFolder
-from longhaul.artifacts.record_types import Event, MetricsRow, read_events
 from longhaul.report.goodput import ATTEMPT_BEGINS
 
 _ENDS = ("waiting", "failed", "done")

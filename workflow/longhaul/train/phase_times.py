@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from longhaul.artifacts.record_types import START_UP_PHASES
+from longhaul.artifacts.line_record_fields import START_UP_PHASES
 
 STEP, VALIDATE, SAVE = "step", "validate", "save"
 _EVENT_KEYS = {STEP: "training_s", VALIDATE: "validation_s", SAVE: "saving_s"}

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
+from longhaul.artifacts.line_record_fields import MetricsRow, StepProfile, TimeBreakdown
 from longhaul.artifacts.line_records import read_lines
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import MetricsRow, StepProfile, TimeBreakdown
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.acceptance_limits import communication_efficiency
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -7,9 +7,9 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from longhaul.artifacts.line_record_fields import read_events
 from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import read_events
 
 
 class EventWriter:

@@ -17,10 +17,10 @@ from typing import IO, Any
 import torch
 
 from longhaul.artifacts.atomic_files import write_text
+from longhaul.artifacts.line_record_fields import MetricsRow
 from longhaul.artifacts.line_records import append_record, open_for_append, read_lines
 from longhaul.artifacts.pack_totals import padding_share
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import MetricsRow
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.config.model_size import model_size
 from longhaul.jobs.kinds.train_job import TrainSpec

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from longhaul.artifacts.atomic_files import atomic_path, write_json
+from longhaul.artifacts.line_record_fields import StepProfile, TimeBreakdown
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.record_types import StepProfile, TimeBreakdown
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.monitoring.trace_breakdown import trace_breakdown

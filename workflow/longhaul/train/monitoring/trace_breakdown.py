@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from longhaul.artifacts.record_types import GapRecord, KernelRecord, TimeBreakdown
+from longhaul.artifacts.line_record_fields import GapRecord, KernelRecord, TimeBreakdown
 from longhaul.train.monitoring.kernel_classes import CLASSES, COMMUNICATION, COPY, kernel_class, operator_class
 
 _DEVICE_CATEGORIES = {"kernel": kernel_class, "gpu_memcpy": lambda _name: COPY, "gpu_memset": lambda _name: COPY}
