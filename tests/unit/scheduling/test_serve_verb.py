@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -169,3 +171,18 @@ def test_requests_and_experts_of_the_section_reach_the_engine(tmp_path: Path):
     (command,) = serve_verb.engine_commands(serve_verb._spec(plan, JobId("serve", ("base",))))
     assert "--tensor-parallel-size 4" in " ".join(command) and "--max-num-seqs 64" in " ".join(command)
     assert "--enable-expert-parallel" in command
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_does_not_prevent_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+):
+    """Lustre that is mounted without `flock` refuses flock(2)."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lock = tmp_path / "server.lock"
+    lock.touch()
+    assert serve_verb._starting_server(lock) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import json
@@ -42,6 +43,7 @@ from longhaul.serving.run_server import server_of
 KEY_VARIABLE = "LONGHAUL_API_KEY"
 """Environment variable with the API key that the user wants; without it a random key is made."""
 _POLL_S = 0.1
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def serve(plan: Plan, stage: str) -> None:
@@ -211,11 +213,17 @@ def _starting_server(path: Path) -> LeaseOwner | None:
 
 
 def _lock(handle: int) -> bool:
-    """Lock an open file for this process. Return False if another process has locked it."""
+    """Lock an open file for this process. Return False if another process has locked it.
+
+    On a file system without locks, such as Lustre that is mounted without `flock`, nothing is known of other processes.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
     return True
 
 
