@@ -57,8 +57,8 @@ def _check_templates(where: str, file: TaskFile) -> None:
         hint = f"correct {key}; the columns of the data are {', '.join(columns)}"
         if key in _COLUMN_KEYS and _COLUMN.fullmatch(template):
             raise UserError(
-                f"{where}: {key} is {template!r}, and {path} has no such column: every prompt would have this word",
-                f"{hint}; for this text in every prompt, write {{{{ {template!r} }}}}",
+                f"{where}: {key} is {template!r}, and {path} has no such column: every row would get this word",
+                f"{hint}; for this text in every row, write {{{{ {template!r} }}}}",
             )
         for number, row in enumerate(rows, 1):
             _try(f"{where}: {key} fails on row {number} of {path}", key, template, dict.fromkeys(columns) | row, hint)
