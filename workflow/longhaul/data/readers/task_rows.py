@@ -11,7 +11,7 @@ import json
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 _FIRST_BYTES, _FIRST_CSV_ROWS = 10 << 20, 10_000
 _MAX_LIST_BYTES = 16_000_000
@@ -42,7 +42,7 @@ def _first_table(path: Path, file_format: str) -> Any:
 def _opened(path: Path) -> IO[bytes]:
     with path.open("rb") as stream:
         is_gzip = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path) if is_gzip else path.open("rb")
+    return cast(IO[bytes], gzip.open(path)) if is_gzip else path.open("rb")
 
 
 def _first_json_rows(stream: IO[bytes]) -> Any:
