@@ -35,10 +35,8 @@ def check_task_templates(loaded: LoadedConfig) -> None:
     for stage in loaded.config.stages:
         for file in read_task_files(loaded, stage):
             options = file.config.get("dataset_kwargs") or {}
-            has_only_files = options.keys() == {
-                "data_files"
-            }  # other keys change the rows, such as `field` and `delimiter`
-            if has_only_files and file.data_files and all(path.is_file() for path in file.data_files):
+            changes_rows = options.keys() != {"data_files"}  # by keys such as `field` and `delimiter`
+            if not changes_rows and file.data_files and all(path.is_file() for path in file.data_files):
                 _check_templates(f"stages.{stage.name}.evaluate.files: {file.path}", file)
 
 
