@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import (
@@ -18,6 +19,7 @@ from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_jso
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.line_record_fields import START_UP_PHASES, StepProfile
+from longhaul.artifacts.nccl_tests_report import NcclTestsResult, NcclTestsTiming
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
@@ -63,7 +65,10 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     limits = {"all_reduce_gbps": 0.5}
     FabricReport([], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair]).write(paths.stage(STAGE).pair_check_report)
     fabric = FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair], warnings=["slow by its datasheet"])  # type: ignore[list-item]
-    fabric.write(paths.fabric)
+    half = NcclTestsTiming(time_us=6.5, algorithm_bandwidth_gbps=1.25, bus_bandwidth_gbps=1.75, wrong=0.0)
+    row = NcclTestsResult(collective="all_reduce", bytes=8, world_size=2, out_of_place=half, in_place=None)
+    larger = NcclTestsResult(collective="all_reduce", bytes=64, world_size=2, out_of_place=half, in_place=half)
+    replace(fabric, nccl_tests=[row, larger]).write(paths.fabric)
     measured = {"step_time_s": 0.5, "step_time_spread": 0.04, "tokens_per_s_per_rank": 100.0, "efficiency": 0.9}
     gpu = {"gpu_utilisation": 0.8, "gpu_memory_share": 0.5, "hosts": ["n1"], "limits": {"min_efficiency": 0.8}}
     ScaleTestReport([], STAGE, 2, 1, 20, **measured, smallest_nodes=1, **gpu).write(paths.scale_test(2))  # type: ignore[arg-type]

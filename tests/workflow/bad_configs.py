@@ -1100,6 +1100,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"software": {"kind": "container", "path": "/a.sif", "binds": ["--pwn"]}},
         ("binds '--pwn' is not an absolute path",),
     ),
+    (
+        "relative path of nccl-tests",
+        {},
+        {"interconnect.nccl_tests": "nccl-tests/build"},
+        ("interconnect", "nccl_tests 'nccl-tests/build' is not an absolute path", "starts with /"),
+    ),
     ("reserved variable", {}, {"environment": {"PYTHONPATH": "/x"}}, ("environment sets PYTHONPATH", "remove it")),
     ("variable of a launcher", {}, {"environment": {"WORLD_SIZE": "2"}}, ("environment sets WORLD_SIZE", "remove it")),
     ("reserved srun option", {}, {"srun_extra": ["--nodes=1"]}, ("srun_extra contains --nodes", "remove it")),

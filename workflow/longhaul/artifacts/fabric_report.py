@@ -8,6 +8,7 @@ from typing import ClassVar, NotRequired
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import CheckReport
+from longhaul.artifacts.nccl_tests_report import NcclTestsResult
 
 
 class CollectiveResult(TypedDict):
@@ -73,6 +74,7 @@ class FabricReport(CheckReport):
     warnings:     one line per link with new errors after the collectives, and per collective that is slower than published
                   figures of such hardware, with the remedy
     grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew
+    nccl_tests:   rows of nccl-tests' programs, where the site names them
     """
 
     schema_version: ClassVar[int] = 2
@@ -88,3 +90,9 @@ class FabricReport(CheckReport):
     not_compared: list[str] = field(default_factory=list)
     grown_errors: dict[str, dict[str, int]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    nccl_tests: list[NcclTestsResult] = field(default_factory=list)
+
+    def own_bandwidths(self) -> dict[tuple[str, int], float]:
+        """Return collective and size -> bus bandwidth that the check itself measured between all ranks, in GB/s."""
+        rows = (row for row in self.results if row["scope"] == "all")
+        return {(row["collective"], row["bytes"]): row["bus_bandwidth_gbps"] for row in rows}

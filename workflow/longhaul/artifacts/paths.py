@@ -96,6 +96,20 @@ class JobFolder:
         return self.path / "node_results.jsonl"
 
     @property
+    def nccl_tests(self) -> Path:
+        """What the programs of nccl-tests measured; only the fabric check of a site that names them has this file."""
+        return self.path / "nccl_tests.json"
+
+    @property
+    def nccl_tests_spec(self) -> Path:
+        """The spec of the step that runs them."""
+        return self.path / "nccl_tests_job.json"
+
+    def nccl_tests_output(self, program: str) -> Path:
+        """What one of these programs printed."""
+        return self.path / "nccl_tests" / f"{program}.txt"
+
+    @property
     def rank_failures(self) -> Path:
         """Folder of the files in which failing ranks say why they failed."""
         return self.path / "failures"

@@ -15,11 +15,13 @@ from rich.table import Table
 
 from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, PairResult
+from longhaul.artifacts.nccl_tests_report import NcclTestsReport
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
+from longhaul.checks.judge_nccl_tests import print_nccl_tests, with_nccl_tests
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
 from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
 from longhaul.checks.packet_loss import grown_line
@@ -81,9 +83,14 @@ def run(job: FabricSpec) -> None:
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
         report = _compared(replace(report, warnings=new_errors), job, hardware)
+        if job.nccl_tests:
+            measured = NcclTestsReport.read(JobFolder(Path(job.folder)).nccl_tests)
+            report = with_nccl_tests(report, measured, job.baseline, hardware)
         append_node_results(JobFolder(Path(job.folder)), [*node_results(tournament), *inside.node_results()])
         if report.results:
             _print_measurements(report)
+        if report.nccl_tests:
+            print_nccl_tests(report)
         for line in report.warnings:
             print(f"warning: {line}", flush=True)
         for line in report.not_compared:

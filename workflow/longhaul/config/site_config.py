@@ -14,6 +14,7 @@ from longhaul.config.field_types import (
     FrozenModel,
     Name,
     PositiveInt,
+    SingleLine,
     SingleLineOrEmpty,
     SlurmOption,
     SlurmWord,
@@ -110,6 +111,12 @@ class Interconnect(FrozenModel):
         "several, but not all, GPUs of a node that is not exclusive. off: never used, for containers and virtual machines "
         "that have a part of a host's GPUs.",
     )
+    nccl_tests: SingleLine | None = Field(
+        default=None,
+        description="Absolute path of the folder with the programs of nccl-tests or rccl-tests on the nodes, for example "
+        "/opt/nccl-tests/build. The fabric check runs them outside of any container, beside its own collectives; null: it does "
+        "not.",
+    )
     limits: FabricLimits = Field(
         default=FabricLimits(), description="Limits of the fabric check for collectives between all ranks."
     )
@@ -117,6 +124,12 @@ class Interconnect(FrozenModel):
         default=FabricLimits(),
         description="Limits of the fabric check for collectives between the ranks of one node, of checks of several nodes.",
     )
+
+    @model_validator(mode="after")
+    def _check_path(self) -> Interconnect:
+        if self.nccl_tests and not self.nccl_tests.startswith("/"):
+            raise ValueError(f"nccl_tests {self.nccl_tests!r} is not an absolute path; write a path that starts with /")
+        return self
 
 
 class Site(FrozenModel):

@@ -33,6 +33,7 @@ class PlannedStep:
     request: SlurmRequest
     binds_ranks: bool = False
     outside_environment: bool = False  # runs in the Python of the main process, outside of the job environment
+    starts_tasks: bool = False  # one process on the first node, without srun or torchrun: it starts the tasks itself
 
 
 @dataclass(frozen=True)

@@ -178,9 +178,9 @@ def _launch_spec(
 
 
 def _launch_step(plan: Plan, step: PlannedStep, folder: JobFolder, workdir: Path) -> LaunchStep:
-    launcher = _srun(plan.site, step) if plan.site.scheduler == "slurm" else []
+    launcher = _srun(plan.site, step) if plan.site.scheduler == "slurm" and not step.starts_tasks else []
     python = [sys.executable] if step.outside_environment else _python(plan.site)
-    if plan.site.scheduler == "local" and step.request.tasks > 1:
+    if plan.site.scheduler == "local" and step.request.tasks > 1 and not step.starts_tasks:
         # torchrun ends all ranks when one fails, as srun --kill-on-bad-exit does.
         # Without --local-addr, the ranks look for rank 0 under this machine's name, which need not be in DNS or /etc/hosts.
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost"]

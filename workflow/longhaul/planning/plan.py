@@ -58,6 +58,7 @@ from longhaul.planning.check_pretrained_weights import check_pretrained_folder
 from longhaul.planning.checkpoint_size import checkpoint_bytes, files_per_checkpoint
 from longhaul.planning.config_references import check_references
 from longhaul.planning.evaluation_tasks import check_evaluations
+from longhaul.planning.find_nccl_tests import check_nccl_tests, nccl_tests_warning
 from longhaul.planning.fit_memory import fit_memory
 from longhaul.planning.gpu_memory import MemoryEstimate, estimate_gpu_memory
 from longhaul.planning.node_memory import node_memory_warning
@@ -149,7 +150,7 @@ class Plan:
     @property
     def warnings(self) -> tuple[str, ...]:
         """Warnings that are about no stage."""
-        return tuple(filter(None, [data_minutes_warning(self.config, self.site)]))
+        return tuple(filter(None, [data_minutes_warning(self.config, self.site), nccl_tests_warning(self.site)]))
 
     def data_jobs(self, dataset: str) -> int:
         """Return the number of encode jobs of a dataset."""
@@ -234,6 +235,7 @@ def build_plan(loaded: LoadedConfig, lock: Lock | None = None) -> Plan:
     stages = sort_stages(config)
     check_references(config)
     check_files(loaded)
+    check_nccl_tests(loaded.site)
     check_evaluations(loaded)
     for stage in stages:
         check_engine_of_jobs(stage, loaded.site)

@@ -8,6 +8,7 @@ from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.jobs.kinds.environment_job import check_request
+from longhaul.jobs.kinds.nccl_tests_job import nccl_tests_step
 from longhaul.planning import Plan
 
 FEWEST_COMPARED_NODES = 3
@@ -29,6 +30,7 @@ class FabricSpec(JobSpec):
     )
     folder: str  # the job's folder, for the results of each node
     out: str  # fabric.json
+    nccl_tests: str | None = None  # folder of nccl-tests' programs; the step before this one has run them
 
 
 def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str, pairs_only: bool) -> FabricSpec:
@@ -43,6 +45,7 @@ def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str
         pairs_only=pairs_only,
         folder=str(plan.paths.job(job).path),
         out=out,
+        nccl_tests=plan.site.interconnect.nccl_tests if nodes * gpus_per_node > 1 and not pairs_only else None,
     )
 
 
@@ -59,5 +62,6 @@ KIND = JobKind(
     jobs=lambda plan: [JobId("fabric")],
     build_spec=_build,
     request=lambda plan, job: check_request(plan, tasks=plan.check_gpus_per_node),
+    first_steps=nccl_tests_step,
     needs_fetch=False,
 )
