@@ -182,6 +182,14 @@ def test_the_scaled_positions_are_always_stated():
     assert with_official_keys(config)["rope_scaling"]["original_max_position_embeddings"] == 512
 
 
+def test_the_factor_is_a_float_for_servers():
+    """Source: LinearScalingRotaryEmbedding of vLLM 0.32 and of SGLang 0.5.23 (layers/rotary_embedding/base.py)."""
+    rope = {"rope_type": "linear", "factor": 4, "rope_theta": 1e4}
+    written = with_official_keys({"model_type": "llama", "max_position_embeddings": 512, "rope_parameters": rope})
+    found = (written["rope_parameters"]["factor"], written["rope_scaling"]["factor"])
+    assert [(type(factor), factor) for factor in found] == [(float, 4.0)] * 2
+
+
 @pytest.mark.parametrize(
     "keys", [{}, {"factor": 2.0}, {"original_max_position_embeddings": 128}, {"attention_factor": 1.5}]
 )

@@ -76,6 +76,9 @@ def with_official_keys(config: HuggingFaceConfig) -> HuggingFaceConfig:
 def _both_rope_forms(config: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return rope_parameters for transformers 5, and rope_theta with rope_scaling for everything older."""
     rope = {"rope_type": "default", **rope_parameters(config)}
+    if "factor" in rope:
+        # vLLM 0.32 and SGLang 0.5.23 take a factor of `linear` that is no float for a list of factors, and end.
+        rope["factor"] = float(rope["factor"])
     if rope["rope_type"] == "yarn":
         # The default of transformers. vLLM has none.
         rope.setdefault(_POSITIONS, config["max_position_embeddings"])
