@@ -89,27 +89,6 @@ def test_fp8_blocks_are_not_divided():
     assert not can_split(QWEN, "bf16", 8)
 
 
-@pytest.mark.parametrize(
-    ("model", "key", "value", "message"),
-    [
-        (R1, "moe_intermediate_size", 1984, "moe_intermediate_size is 1984"),
-        (R1, "q_lora_rank", 1500, "q_lora_rank is 1500"),
-        (QWEN, "intermediate_size", 18880, "intermediate_size is 18880"),
-        (QWEN | {"hidden_size": 1792}, "num_key_value_heads", 1, "num_key_value_heads x head_dim is 64"),
-    ],
-)
-def test_fp8_matrices_that_engines_join_must_be_whole_blocks(
-    site: Site, model: dict[str, Any], key: str, value: int, message: str
-):
-    changed = model | {key: value}
-    with pytest.raises(UserError, match=f"stages.chat: vllm cannot serve .* fp8: {message}, no multiple of .* 128"):
-        _plan(site, changed, "fp8")
-    assert _plan(site, changed)
-    on_one_gpu = site.model_copy(update={"serving": Serving(engine="transformers")})
-    if model is not R1:
-        assert _plan(on_one_gpu, changed, "fp8", context=4096), "transformers joins nothing"
-
-
 def test_the_width_of_dense_layers_does_not_matter_without_them(site: Site):
     sparse = R1 | {"first_k_dense_replace": 0, "intermediate_size": 18435}
     assert _plan(site, sparse, "fp8").layout.tensor == 8

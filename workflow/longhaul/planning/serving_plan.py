@@ -21,6 +21,7 @@ from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.gpu_memory import GIB
+from longhaul.planning.served_networks import check_network, check_pipeline, mlp_widths
 from longhaul.planning.serving_memory import (
     ExportDtype,
     ServedModel,
@@ -71,12 +72,13 @@ def plan_serving(stage: Stage, model: HuggingFaceConfig, site: Site) -> ServingP
     serve = stage.serve or Serve()
     _check_context(stage, serve, model)
     _check_keys_of_engines(stage, serve, model, site)
-    _check_fp8_blocks(stage, model, site)
+    check_network(stage, model, site.serving.engine, serve.context or model["max_position_embeddings"])
     _check_allocation(stage, serve, site)
     served = ServedModel(model, stage.export_dtype, caches_latents=spreads_models(site))
     plan = None
     for plan in _plans(serve, served, site):
         if _fits(plan):
+            check_pipeline(stage, model, site.serving.engine, plan.layout.pipeline)
             return plan
     raise _no_layout(stage, served) if plan is None else _does_not_fit(stage, plan, served, site)
 
@@ -124,43 +126,6 @@ def _check_keys_of_engines(stage: Stage, serve: Serve, model: HuggingFaceConfig,
         )
     if serve.expert_parallel and not any(sparse_layers(model)):
         raise UserError(f"{key}.expert_parallel is true, but the model has no experts", "remove the key")
-
-
-def _check_fp8_blocks(stage: Stage, model: HuggingFaceConfig, site: Site) -> None:
-    """Raise UserError for an FP8 export whose matrices vLLM and SGLang cannot join.
-
-    They join projections, and the factors with them. Where a block would hold rows of two matrices, vLLM 0.32 refuses experts; of
-    other matrices, it writes one factor over the other and answers with noise, or ends.
-    """
-    engine = site.serving.engine
-    if stage.export_dtype != "fp8" or engine == "transformers":
-        return
-    for name, width in _joined_widths(model):
-        if width % FP8_BLOCK:
-            raise UserError(
-                f"stages.{stage.name}: {engine} cannot serve this model with export_dtype fp8: {name} is {width}, no multiple of "
-                f"the block size {FP8_BLOCK}",
-                "set export_dtype to bf16",
-            )
-
-
-def _joined_widths(c: HuggingFaceConfig) -> Iterator[tuple[str, int]]:
-    """Yield (name, rows) of matrices that vLLM and SGLang join with another one: gate and up, query, key and value."""
-    yield from _mlp_widths(c)
-    if not has_latent_attention(c):
-        yield "num_attention_heads x head_dim", c["num_attention_heads"] * head_dim(c)
-        yield "num_key_value_heads x head_dim", key_value_heads(c) * head_dim(c)
-    elif query_rank := c.get("q_lora_rank"):
-        yield "q_lora_rank", query_rank
-
-
-def _mlp_widths(c: HuggingFaceConfig) -> Iterator[tuple[str, int]]:
-    """Yield (config key, value) of the inner widths of the MLPs and experts that the model has."""
-    is_sparse = sparse_layers(c)
-    if not all(is_sparse):
-        yield "intermediate_size", c["intermediate_size"]
-    if any(is_sparse):
-        yield "moe_intermediate_size", c["moe_intermediate_size"]
 
 
 def spreads_models(site: Site) -> bool:
@@ -227,7 +192,7 @@ def can_split(c: HuggingFaceConfig, dtype: ExportDtype, tensor: int) -> bool:
     heads, shared = c["num_attention_heads"], key_value_heads(c)
     if heads % tensor or (shared % tensor and tensor % shared):
         return False
-    widths = [width for _, width in _mlp_widths(c)]
+    widths = [width for _, width in mlp_widths(c)]
     if any(width % tensor for width in widths):
         return False
     on_a_rank = [*(width // tensor for width in widths), *_head_widths(c, heads // tensor, max(1, shared // tensor))]
