@@ -21,6 +21,7 @@ from longhaul.planning.serving_plan import ServingPlan, plan_serving
 R1, QWEN = REFERENCE_MODELS["DeepSeek-R1"], REFERENCE_MODELS["DeepSeek-R1-Distill-Qwen-7B"]
 LLAMA = REFERENCE_MODELS["DeepSeek-R1-Distill-Llama-8B"]
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 128}
+MIXTURE = QWEN3 | {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 1024}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LONG = {"rope_type": "longrope", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 LONG |= {"original_max_position_embeddings": 65536}
@@ -47,6 +48,9 @@ def planned(site: Site, engine: EngineName, model: dict[str, Any], dtype: str = 
         (LLAMA | {"mlp_bias": True}, ("sglang",), "biases that mlp_bias true adds"),
         (R1 | {"attention_bias": True}, BOTH, "biases that attention_bias true adds"),
         (QWEN3 | {"attention_bias": True}, ("vllm",), "biases that attention_bias true adds"),
+        # models/qwen3_moe.py, stage_facts
+        (MIXTURE | {"mlp_only_layers": [0, 2]}, ("sglang",), "leaves out the weights of 2 layers without"),
+        (MIXTURE | {"decoder_sparse_step": 2}, ("sglang",), "leaves out the weights of 16 layers without"),
         # models/deepseek_v2.py: every rope_type becomes deepseek_yarn; layers/rotary_embedding/rope_variant.py
         (R1 | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, BOTH, "rope_scaling.rope_type is linear"),
         (R1 | {"rope_scaling": YARN | {"attention_factor": 1.0}}, BOTH, "rope_scaling.attention_factor 1.0"),
@@ -84,6 +88,7 @@ def test_a_network_that_an_engine_computes_otherwise_is_refused(
         QWEN | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e6}},
         LLAMA | {"rope_scaling": LONG | {"factor": 2.0}, "attention_bias": True},
         WINDOW | {"max_window_layers": 28},
+        MIXTURE | {"mlp_only_layers": []},
         WINDOW | {"sliding_window": 8192, "max_window_layers": 0},
     ],
 )

@@ -56,13 +56,28 @@ def _difference(engine: EngineName, c: HuggingFaceConfig, context: int) -> str |
     """Return what the engine computes otherwise; None if it computes the network."""
     if engine == "transformers":
         return None
-    differences = (_missing_bias(engine, c), _other_rotation(engine, c), _other_window(engine, c, context))
+    differences = (
+        _missing_bias(engine, c),
+        _missing_dense_layer(engine, c),
+        _other_rotation(engine, c),
+        _other_window(engine, c, context),
+    )
     return next(filter(None, differences), None)
 
 
 def _missing_bias(engine: EngineName, c: HuggingFaceConfig) -> str | None:
     key = _MISSING_BIASES[engine].get(c["model_type"])
     return f"it leaves out biases that {key} true adds" if key and c.get(key) else None
+
+
+def _missing_dense_layer(engine: EngineName, c: HuggingFaceConfig) -> str | None:
+    dense = sparse_layers(c).count(False)
+    if engine == "sglang" and c["model_type"] == "qwen3_moe" and dense:
+        return (
+            f"it has routed experts in every layer of a qwen3_moe, and leaves out the weights of {dense} layers without "
+            "(mlp_only_layers, decoder_sparse_step)"
+        )
+    return None
 
 
 def _other_rotation(engine: EngineName, c: HuggingFaceConfig) -> str | None:
