@@ -89,6 +89,12 @@ def test_fp8_blocks_are_not_divided():
     assert not can_split(QWEN, "bf16", 8)
 
 
+def test_there_are_no_more_ranks_than_experts(site: Site):
+    """Source: DeepseekV2MoE of SGLang 0.5.23, and Qwen3MoeSparseMoeBlock of SGLang and of vLLM 0.32."""
+    layout = _plan(site, R1 | {"n_routed_experts": 4}, gpus_per_node=8, nodes=1).layout
+    assert (layout.tensor, layout.pipeline) == (4, 2)
+
+
 def test_the_width_of_dense_layers_does_not_matter_without_them(site: Site):
     sparse = R1 | {"first_k_dense_replace": 0, "intermediate_size": 18435}
     assert _plan(site, sparse, "fp8").layout.tensor == 8

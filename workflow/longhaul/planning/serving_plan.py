@@ -187,9 +187,12 @@ def _layout(served: ServedModel, nodes: int, gpus: int, expert_parallel: bool) -
 def can_split(c: HuggingFaceConfig, dtype: ExportDtype, tensor: int) -> bool:
     """Return whether this number of tensor-parallel ranks can share the model.
 
-    Each rank gets whole heads. Of FP8 matrices it gets whole blocks, as their factors cannot be divided.
+    Each rank gets whole heads. Of FP8 matrices it gets whole blocks, as their factors cannot be divided. SGLang, and
+    vLLM for Qwen3-MoE, refuse more ranks than experts, although each rank would get a part of every expert.
     """
     heads, shared = c["num_attention_heads"], key_value_heads(c)
+    if any(sparse_layers(c)) and tensor > expert_counts(c)[0]:
+        return False
     if heads % tensor or (shared % tensor and tensor % shared):
         return False
     widths = [width for _, width in mlp_widths(c)]
