@@ -208,7 +208,10 @@ COMBINATIONS: dict[str, Layout] = {
         2, 2, 1, ("llama", "qwen3_moe"), zero_keys={**_SMALL_BUCKETS, **_PLAIN}
     ),
     "expert 2, data 4, ZeRO 2, small buckets, no overlap": _layout(
-        4, 2, 1, MOE_MODELS, expert=2, zero_keys={**_SMALL_BUCKETS, **_PLAIN}
+        4, 2, 1, MOE_MODELS, expert=2, zero_keys={**_SMALL_BUCKETS, "overlap_comm": False}
+    ),
+    "data 2, ZeRO 1, small buckets, no overlap": _layout(
+        2, 1, 1, ("llama", "qwen3_moe"), zero_keys={**_SMALL_BUCKETS, **_PLAIN}
     ),
     "data 2, ZeRO 3, small buckets, no overlap": _layout(
         2, 3, 1, ("llama", "qwen3_moe"), zero_keys={**_SMALL_BUCKETS_3, **_PLAIN}

@@ -847,6 +847,20 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         ("tensor 2 with ZeRO stage 0", "set zero.stage to 1, 2 or 3"),
     ),
     (
+        "gradients of experts without contiguous buffers",
+        {
+            "model": {"deepseek_v3": DEEPSEEK},
+            "stages.0.parallel": {"expert": 2},
+            "stages.0.gpus_per_node": 2,
+            "stages.0.zero": {"stage": 1, "contiguous_gradients": False},
+        },
+        {},
+        (
+            "zero.contiguous_gradients false with parallel.expert 2: DeepSpeed would average",
+            "remove contiguous_gradients",
+        ),
+    ),
+    (
         "hpZ with tensor parallelism",
         {
             "stages.0.parallel": {"tensor": 2},

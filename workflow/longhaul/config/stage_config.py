@@ -117,7 +117,8 @@ class Zero(FrozenModel):
     pin_memory: bool = Field(default=True, description="Use pinned CPU memory for offloaded states.")
     overlap_comm: bool = Field(default=True, description="Overlap gradient reduction with the backward pass.")
     contiguous_gradients: bool = Field(
-        default=True, description="Copy gradients into one contiguous buffer when they are produced."
+        default=True,
+        description="Copy gradients into one contiguous buffer when they are produced. parallel.expert needs it.",
     )
     reduce_bucket_size: PositiveInt | None = Field(
         default=None, description="Number of elements in one gradient reduction."

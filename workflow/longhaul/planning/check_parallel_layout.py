@@ -42,6 +42,7 @@ def data_parallel_size(stage: Stage, world_size: int) -> int:
             f"set parallel.expert to {_divisors(data)}",
         )
     _check_zero_stage(stage)
+    _check_contiguous_gradients(stage)
     _check_hpz(stage)
     _check_combination(stage)
     _check_communication(stage, data)
@@ -127,6 +128,21 @@ def _check_zero_stage(stage: Stage) -> None:
             f"{where}: parallel.{axes[0]} {getattr(parallel, axes[0])} with ZeRO stage 0: the checkpoint of a split model needs "
             "ZeRO's master weights, which stage 0 does not have",
             f"set zero.stage to 1{'' if 'pipeline' in axes else ', 2 or 3'}, or {' and '.join(axes)} to 1",
+        )
+
+
+def _check_contiguous_gradients(stage: Stage) -> None:
+    """Raise UserError for experts whose gradients DeepSpeed would average over ranks that hold other experts.
+
+    Without contiguous buffers, ZeRO 1 reduces all gradients over all data-parallel ranks (buffered_reduce_fallback in
+    stage_1_and_2.py of DeepSpeed 0.19.8), and ZeRO 2 refuses experts. CPU offload and ZeRO 3 have such buffers in any case.
+    """
+    zero, expert = stage.zero, stage.parallel.expert
+    if expert > 1 and zero.stage < 3 and not zero.contiguous_gradients and zero.offload_optimizer == "none":
+        raise UserError(
+            f"stages.{stage.name}.zero.contiguous_gradients false with parallel.expert {expert}: DeepSpeed would average "
+            "gradients of different experts",
+            "remove contiguous_gradients, or set parallel.expert to 1",
         )
 
 
