@@ -36,10 +36,13 @@ KEY = "a-key-of-the-user_0123456789"
 
 
 class ServedRun:
-    """The run `small` in `folder`, whose stage `base` is exported. `serve` and `site` change the config and the site file."""
+    """The run `small` in `folder`, whose stage `base` is exported. `serve` and `site` change the config and the site file.
 
-    def __init__(self, folder: Path, serve: dict[str, Any], site: dict[str, Any]) -> None:
-        self.folder = folder
+    key: the user's API key; None for an engine that has none
+    """
+
+    def __init__(self, folder: Path, serve: dict[str, Any], site: dict[str, Any], key: str | None = KEY) -> None:
+        self.folder, self._key = folder, key
         config = {"stages.0.export": "last", "stages.0.serve": serve}
         path = write_config(folder, config, {"serving": FAKE_VLLM, **site})
         write_json(RunPaths("small", folder / "results").plan, plan_json(load_plan(path)))
@@ -62,7 +65,7 @@ class ServedRun:
 
     def environment(self) -> dict[str, str]:
         code = f"{REPOSITORY / 'workflow'}:{REPOSITORY}"
-        return {**os.environ, "PYTHONPATH": code, "LONGHAUL_API_KEY": KEY}
+        return {**os.environ, "PYTHONPATH": code, **({"LONGHAUL_API_KEY": self._key} if self._key else {})}
 
     def call(self, *options: str) -> subprocess.CompletedProcess[str]:
         """Run the verb to its end."""
@@ -93,10 +96,17 @@ class ServedRun:
         )
 
     def wait_until_ready(self, timeout_s: float = 60.0) -> Endpoint:
-        wait_for(lambda: (found := read_endpoint(self.job.endpoint)) and found.ready, timeout_s)
+        wait_for(self._is_ready_or_has_ended, timeout_s)
         endpoint = read_endpoint(self.job.endpoint)
-        assert endpoint is not None
+        if endpoint is None:
+            assert self.process and self.process.stdout
+            raise AssertionError(f"the verb has ended: {self.process.stdout.read()}")
         return endpoint
+
+    def _is_ready_or_has_ended(self) -> bool:
+        endpoint = read_endpoint(self.job.endpoint)
+        has_ended = self.process is not None and self.process.poll() is not None
+        return endpoint.ready if endpoint else has_ended
 
     @property
     def state(self) -> State | None:

@@ -18,7 +18,7 @@ from tests.support.wait import wait_for
 @pytest.mark.slow
 def test_transformers_serve_answers_on_this_machine_alone(tmp_path: Path):
     """It knows no key, the name of the model is its folder, and no file has the prompt."""
-    run = ServedRun(tmp_path.resolve(), {}, {**LOCAL_SITE, "serving": {}})
+    run = ServedRun(tmp_path.resolve(), {}, {**LOCAL_SITE, "serving": {}}, key=None)
     write_tokenizer(run.folder / "model")
     torch.manual_seed(3)
     AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)).save_pretrained(run.folder / "model")
