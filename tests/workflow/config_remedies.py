@@ -252,6 +252,10 @@ REMEDIES: dict[str, list[Remedy]] = {
         Remedy("tensor to 1", {"stages.0.parallel.tensor": 1}),
     ],
     "hpZ with tensor parallelism": [Remedy("remove zero_hpz", {"stages.0.zero.zero_hpz_partition_size": ...})],
+    "gradients of experts without contiguous buffers": [
+        Remedy("remove contiguous_gradients", {"stages.0.zero.contiguous_gradients": ...}),
+        Remedy("set parallel.expert to 1", {"stages.0.parallel.expert": 1}),
+    ],
     "hpZ without ZeRO 3": [
         Remedy("set zero.stage to 3", {"stages.0.zero.stage": 3, "stages.0.gpus_per_node": 2}),
         Remedy("remove the key", {"stages.0.zero.zero_hpz_partition_size": ...}),

@@ -158,15 +158,19 @@ def test_no_other_module_starts_processes():
             r"^import subprocess|os\.(exec|system|spawn|popen)|shell=True|create_subprocess", path.read_text(), re.M
         )
     }
-    assert found == {
-        "scheduling/run_verb.py",  # longhaul run: the user's own words
-        "checks/kernel_log.py",  # journalctl: fixed words
-        "checks/node_facts.py",  # nvidia-smi, the compiler: fixed words
-        "export/model_card.py",  # git describe of the package's folder
-        "scheduling/slurm_client.py",  # WAYS
-        "scheduling/run_job_steps.py",  # the steps of launch.json
-        "scheduling/serve_verb.py",  # bash with the launch.sh that it has rendered
-        "serving/server_process.py",  # words of the site file, and what serving/engines.py adds: names, numbers, paths
-        "serving/engine_version.py",  # words of the site file, and fixed code
-        "serving/guard_processes.py",  # the words of server_process.py
-    }
+    assert (
+        found
+        == {
+            "scheduling/run_verb.py",  # longhaul run: the user's own words
+            "checks/kernel_log.py",  # journalctl: fixed words
+            "checks/nccl_tests.py",  # words of its job spec, as launch.json's: srun, srun_extra and the folder of the site file
+            "checks/node_facts.py",  # nvidia-smi, the compiler: fixed words
+            "export/model_card.py",  # git describe of the package's folder
+            "scheduling/slurm_client.py",  # WAYS
+            "scheduling/run_job_steps.py",  # the steps of launch.json
+            "scheduling/serve_verb.py",  # bash with the launch.sh that it has rendered
+            "serving/server_process.py",  # words of the site file, and what serving/engines.py adds: names, numbers, paths
+            "serving/engine_version.py",  # words of the site file, and fixed code
+            "serving/guard_processes.py",  # the words of server_process.py
+        }
+    )

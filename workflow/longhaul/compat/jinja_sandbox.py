@@ -1,4 +1,5 @@
 """Sandbox of jinja in which templates of evaluation tasks are rendered, with bounds of what takes hours in one operation.
+Written for lm_eval 0.4.13, whose own environment it replaces.
 
 In a module of its own, because the plan tries such templates where lm_eval and transformers are not installed.
 """
