@@ -125,6 +125,51 @@ def test_degraded_mi300x_is_named(read: Any, change: dict[str, Any], result: str
     assert line.startswith(f"n1: GPU {OTHER}: {message}")
 
 
+CARD_2 = "0000:cb:00.0"
+"""First die of the second MI250X card of a node."""
+HEALTHY_MI250X_FILES = {
+    **{f"ras/{block}_err_count": "ue: 0\nce: 0\nde: 0" for block in ("umc", "sdma", "gfx", "mmhub", "xgmi_wafl")},
+    "ras/gpu_vram_bad_pages": "", "hwmon/hwmon5/power1_cap": 560_000_000, "hwmon/hwmon5/power1_cap_default": 560_000_000,
+}  # fmt: skip
+LOW_CAP = {"power_cap": 450_000_000, "default_power_cap": 560_000_000}
+BAD_PAGES = "0x027f5d43 : 0x00001000 : R\n0x027f5f5b : 0x00001000 : P"
+MI250X_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "uncorrectable error": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["UMC"]: errors(2)}},
+                            {"ras/umc_err_count": "ue: 2\nce: 0\nde: 0"},
+                            "fail", "uncorrectable ECC errors: 2 in umc, expected 0; drain the node and reset"),
+    "corrected errors": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["XGMI_WAFL"]: errors(0, 17)}},
+                         {"ras/xgmi_wafl_err_count": "ue: 0\nce: 17\nde: 0"},
+                         "warn", "corrected ECC errors: 17 in xgmi_wafl, expected 0; watch"),
+    "deferred error": ({"amdsmi_get_gpu_ecc_count": {AmdSmiGpuBlock["UMC"]: errors(0, 0, 1)}},
+                       {"ras/umc_err_count": "ue: 0\nce: 0\nde: 1"}, "warn", "deferred ECC errors: 1 in umc, expected 0; watch"),
+    "pending page": ({"amdsmi_get_gpu_bad_page_info": [RESERVED, PENDING]}, {"ras/gpu_vram_bad_pages": BAD_PAGES},
+                     "fail", "bad pages of the memory: 1 out of use, 1 pending, expected 0; drain"),
+    "low power limit": ({"amdsmi_get_power_cap_info": LOW_CAP}, {"hwmon/hwmon5/power1_cap": 450_000_000},
+                        "warn", "power limit: 450 W, expected 560 W; let the admins reset it (rocm-smi"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["amdsmi", "driver"])
+@pytest.mark.parametrize(("change", "files", "result", "message"), MI250X_FAULTS.values(), ids=MI250X_FAULTS)
+def test_degraded_mi250x_is_named(
+    read: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, change: dict[str, Any],
+    files: dict[str, Any], result: str, message: str,
+):  # fmt: skip
+    """A node of two cards, so of four dies, as amdsmi shows it, and as only the driver's files do."""
+    if source == "amdsmi":
+        reading = read(mi250x(0), mi250x(1), mi250x(2, **change), mi250x(3))
+    else:
+        monkeypatch.setitem(sys.modules, "amdsmi", None)
+        add_driver_files(tmp_path, HEALTHY_MI250X_FILES, ADDRESS, OTHER, CARD_2, "0000:d0:00.0")
+        add_driver_files(tmp_path, files, CARD_2)
+        reading = read_amd_gpus(sys=tmp_path)
+    rows = amd_rows({"n1": reading}, GPUS)
+    bad = [row for row in rows if row["result"] in ("warn", "fail")]
+    assert [(row["component"], row["result"]) for row in bad] == [(f"GPU {CARD_2}", result)], bad
+    (line,) = problem_lines(rows) if result == "fail" else warning_lines(rows)
+    assert line.startswith(f"n1: GPU {CARD_2}: {message}")
+
+
 def test_xgmi_links_do_not_fail_a_job_with_one_gpu_per_node(read: Any):
     """A GPU alone sends nothing over them."""
     down = mi300x(1, amdsmi_get_gpu_xgmi_link_status={"status": list("UXUUDUUU"), "total_links": 8})
