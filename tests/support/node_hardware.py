@@ -44,7 +44,7 @@ def gpu(index: int, **changes: Any) -> GpuFacts:
         "remapping_failed": False, "slowdowns": [], "sm_clock_mhz": 1980, "sm_clock_max_mhz": 1980, "power_limit_w": 700.0,
         "power_limit_default_w": 700.0, "persistence": True, "mig": False, "processes": [], "nvlinks": 18,
         "nvlinks_down": [], "nvlink_errors": {}, "nvlink_errors_before": {}, "pcie_generation": 5, "pcie_generation_max": 5,
-        "pcie_width": 16, "pcie_width_max": 16,
+        "pcie_width": 16, "pcie_width_max": 16, "paths": {f"GPU-{other}": "NODE" for other in range(8) if other != index},
     }  # fmt: skip
     return GpuFacts(**{**facts, **changes})
 
@@ -70,6 +70,11 @@ def link(address: str = "0000:18:00.0", kind: str = "network adapter", **changes
     return PcieLink(address, kind, **{**facts, **changes})  # type: ignore[arg-type]
 
 
+GPU_LINKS = [
+    link(f"0000:{0x1B + 0x10 * index:02x}:00.0", "GPU", vendor="0x10de", numa_node=index // 4) for index in range(8)
+]
+
+
 def hardware(**changes: Any) -> HardwareFacts:
     """Return the hardware of a healthy node."""
     cpu = {"model": "Intel(R) Xeon(R) Platinum 8480C", "numa_nodes": 2, "governors": {"performance": 112},
@@ -82,7 +87,7 @@ def hardware(**changes: Any) -> HardwareFacts:
         "interfaces": [interface(), interface("eth0", rate_gbit_per_s=1.0, mtu=1500)],
         "peer_memory": True,
         "rdma_driver": "24.10-1.1.4",
-        "pcie_links": [link()],
+        "pcie_links": [link(), *GPU_LINKS],
         "kernel_log": KernelLog([]),
         "cpu_and_memory": CpuAndMemoryFacts(**cpu),
         "limits": ProcessLimits(1_048_576, None, None),

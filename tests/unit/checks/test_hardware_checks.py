@@ -17,7 +17,7 @@ from longhaul.checks.nvidia_gpu_checks import kernel_log_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
-from tests.support.node_hardware import HEALTHY_CORES, environment_job, gpu, hardware, interface, link, port
+from tests.support.node_hardware import GPU_LINKS, HEALTHY_CORES, environment_job, gpu, hardware, interface, link, port
 
 
 def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:
@@ -70,12 +70,6 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
     "switch, not fatal": (
         hardware(kernel_log=KernelLog([KernelError("SXid", 12028, "0000:05:00.0", 1, "Non-fatal, Link 32")])), "warn",
         "SXid 12028"),
-    "port down": (
-        hardware(ports=[port(0), port(1, state="DOWN"), port(2), port(3)]), "fail",
-        "n4: mlx5_1 port 1: port state: DOWN, expected ACTIVE, as on the other nodes; let the admins check cable"),
-    "lost adapter": (
-        hardware(ports=[port(0), port(1), port(2)]), "fail",
-        "n4: mlx5_3 port 1: port state: missing, expected ACTIVE, as on the other nodes"),
     "slow port": (
         hardware(ports=[port(0), port(1), port(2, rate_gbit_per_s=200.0), port(3)]), "fail",
         "n4: mlx5_2 port 1: port rate: 200 Gbit/s, expected 400 Gbit/s, as on the other nodes"),
@@ -83,10 +77,10 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
         hardware(ports=[port(0, errors={"symbol_error": 5}), port(1), port(2), port(3)]), "warn",
         "n4: mlx5_0 port 1: port errors: symbol_error 5, expected 0"),
     "narrow adapter": (
-        hardware(pcie_links=[link(width=8)]), "fail",
+        hardware(pcie_links=[link(width=8), *GPU_LINKS]), "fail",
         "n4: network adapter 0000:18:00.0: PCIe link: 32 GT/s x8, expected 32 GT/s x16, as on another node; let"),
     "slow disk link": (
-        hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4)]), "warn",
+        hardware(pcie_links=[link("0000:90:00.0", "NVMe disk", speed=8.0, width=4, max_width=4), *GPU_LINKS]), "warn",
         "n4: NVMe disk 0000:90:00.0: PCIe link: 8 GT/s x4, expected 32 GT/s x4"),
     "interface down": (
         hardware(interfaces=[interface(state="DOWN")]), "fail", "n4: ib0: port state: DOWN, expected ACTIVE, as on the other"),
@@ -102,6 +96,8 @@ FAULTS: dict[str, tuple[HardwareFacts, str, str]] = {
         "n4: frequency governor: performance on 100 cores, powersave on 12 cores, expected performance; set it: cpupower"),
     "huge pages": (hardware(cpu={"huge_pages": "never"}), "warn", "n4: transparent huge pages: never, expected always"),
     "another CPU": (hardware(cpu={"model": "Intel 6338"}), "warn", "n4: CPU model: Intel 6338, expected Intel(R) Xeon(R)"),
+    "another number of NUMA nodes": (
+        hardware(cpu={"numa_nodes": 8}), "warn", "n4: NUMA nodes: 8, expected 2; ask the admins whether the nodes"),
     "lost memory module": (
         hardware(cpu={"modules_mib": [65536] * 15}), "warn", "n4: memory modules: 15 x 65536 MiB, expected 16 x 65536 MiB"),
     "locked memory": (
@@ -120,6 +116,26 @@ def test_fault_is_named_once_with_its_component(facts: HardwareFacts, result: st
     assert [(row["node"], row["result"]) for row in found] == [("n4", result)], found
     lines = problem_lines(rows) if result == "fail" else warning_lines(rows)
     assert len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("ports", "name", "state"),
+    [
+        ([port(0), port(1, state="DOWN"), port(2), port(3)], "mlx5_1 port 1", "DOWN"),
+        ([port(0), port(1), port(2)], "mlx5_3 port 1", "missing"),
+    ],
+)
+def test_lost_port_is_named_and_so_are_the_gpus_without_one_beside_them(ports: list[Any], name: str, state: str):
+    rows = hardware_rows(nodes(hardware(ports=ports)), environment_job())
+    (line,) = problem_lines(rows)
+    assert line.startswith(
+        f"n4: {name}: port state: {state}, expected ACTIVE, as on the other nodes; let the admins check"
+    )
+    (line,) = warning_lines(rows)
+    assert line.startswith(
+        "n4: adapters next to GPUs: NUMA node 0: 4 GPUs, 2 ports, NUMA node 1: 4 GPUs, 1 ports, expected"
+    )
+    assert len(bad(rows)) == 2
 
 
 OFF_THE_BUS = KernelLog([KernelError("Xid", 79, "0000:99:00", 1, "off the bus")])
@@ -149,16 +165,40 @@ def test_row_that_waits_for_a_reset_fails():
 UNKNOWN: dict[str, tuple[HardwareFacts, str]] = {
     "NVML": (hardware(gpus=GpuReading([], "NVML: NVML Shared Library Not Found")), "NVML Shared Library Not Found"),
     "kernel log": (hardware(kernel_log=KernelLog([], "/dev/kmsg: Operation not permitted")), "Operation not permitted"),
+    "memory modules": (
+        hardware(cpu={"modules_mib": None, "unavailable": {"modules_mib": "no EDAC driver is loaded"}}), "no EDAC driver"),
+    "NUMA nodes": (hardware(cpu={"numa_nodes": None, "unavailable": {"numa_nodes": "no NUMA nodes"}}), "no NUMA nodes"),
+    "CPU model": (hardware(cpu={"model": None, "unavailable": {"model": "no name"}}), "no name"),
+    "RDMA driver": (hardware(rdma_driver=""), "there is no /sys/module/mlx5_core/version"),
+    "NUMA node of ports": (
+        hardware(ports=[port(number, numa_node=None) for number in range(4)]), "no NUMA node of any active RDMA port"),
+    "NUMA node of GPUs": (hardware(pcie_links=[link()]), "no NUMA node of any GPU"),
+    "paths": (hardware(gpus=GpuReading([gpu(index, paths={}) for index in range(8)])), "NVML states no path"),
+    "MTU": (hardware(interfaces=[interface(mtu=None)]), "/sys/class/net/ib0/mtu cannot be read"),
     "GPUDirect": (hardware(peer_memory=False), "the module nvidia_peermem is not loaded"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("facts", "reason"), UNKNOWN.values(), ids=UNKNOWN)
 def test_what_a_node_does_not_tell_is_unknown_with_a_reason(facts: HardwareFacts, reason: str):
     rows = hardware_rows(nodes(facts), environment_job())
     (row,) = bad(rows)
-    assert row["result"] == "unknown" and row["value"].startswith("not available: ") and reason in row["value"]
+    assert (
+        row["result"] == "unknown"
+        and row["value"].startswith("not available: ")
+        and reason in row["value"]
+        and row["node"] == "n4"
+    )
     assert problem_lines(rows) == warning_lines(rows) == []
+
+
+def test_what_no_node_tells_is_unknown_on_all_of_them():
+    found = nodes(*[hardware(rdma_driver="")] * 4)
+    rows = bad(hardware_rows(found, environment_job()))
+    assert [(row["node"], row["result"], row["expected"]) for row in rows] == [
+        (f"n{number}", "unknown", "the same on all nodes") for number in range(1, 5)
+    ]
+    assert bad(hardware_rows(found, environment_job(interconnect="ethernet"))) == [], "nothing uses this driver"
 
 
 def test_node_with_fewer_cores_is_named():
@@ -224,7 +264,7 @@ def test_amd_gpus_are_judged_by_the_width_of_their_links():
 
 def test_link_that_is_narrow_on_all_nodes_may_be_built_like_that():
     """An adapter for two sockets has half of the lanes on each of them."""
-    found = nodes(*[hardware(pcie_links=[link(width=8)])] * 4)
+    found = nodes(*[hardware(pcie_links=[link(width=8), *GPU_LINKS])] * 4)
     rows = hardware_rows(found, environment_job())
     assert problem_lines(rows) == []
     assert warning_lines(rows)[0].startswith("n1: network adapter 0000:18:00.0, n2: ")
@@ -256,7 +296,8 @@ def test_node_with_other_paths_between_its_gpus_is_named():
     (line,) = (line for line in warning_lines(rows) if "paths" in line)
     assert line.startswith("n4: paths between GPUs: 3 SYS, expected 1 NODE, 2 SYS; ask the admins")
     rows = hardware_rows(nodes(*[wired("NODE", "SYS", "SYS")] * 3, wired("", "", "")), spec)
-    assert [row["node"] for row in rows if row["check"] == "paths between GPUs"] == ["n1", "n2", "n3"]
+    found = [row["result"] for row in rows if row["check"] == "paths between GPUs"]
+    assert found == ["ok", "ok", "ok", "unknown"]
 
 
 def test_cpu_nodes_have_no_gpu_rows():
@@ -300,14 +341,6 @@ def test_text_of_a_node_is_not_markup(capsys: pytest.CaptureFixture[str]):
     facts = hardware(kernel_log=KernelLog([KernelError("Xid", 31, "0000:3b:00", 1, "[red]MMU")]))
     print_checks(hardware_rows(nodes(facts), environment_job()))
     assert "[red]MMU" in "".join(capsys.readouterr().out.split())
-
-
-def test_memory_modules_are_compared_where_they_are_known():
-    unknown = hardware(cpu={"modules_mib": None, "unavailable": {"modules_mib": "no EDAC driver is loaded"}})
-    found = [
-        row["node"] for row in hardware_rows(nodes(unknown), environment_job()) if row["check"] == "memory modules"
-    ]
-    assert found == ["n1", "n2", "n3"]
 
 
 def test_rows_survive_the_report(tmp_path: Path):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_checks import amd_rows
@@ -42,6 +42,16 @@ _CPU_CHECKS = (
     FactCheck("transparent huge pages", "huge_pages", "always or madvise", warn_if(lambda word: word == "never"),
               "enable them in /sys/kernel/mm/transparent_hugepage/enabled"),
 )  # fmt: skip
+_NO_RDMA_VERSION = (
+    "there is no /sys/module/mlx5_core/version, as with the kernel's own driver and with adapters of other vendors"
+)
+
+
+class Stated(NamedTuple):
+    """A value as text, or why the node does not state it. Both are empty where the value means nothing."""
+
+    value: str = ""
+    reason: str = ""
 
 
 Nodes = Sequence[Mapping[str, Any]]
@@ -59,7 +69,7 @@ def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
         *(_port_rows(nodes, job) if len(nodes) > 1 else ()),
         *(pcie_rows({node["host"]: node["hardware"] for node in nodes}) if job.build != "cpu" else ()),
         *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
-        *_equality_rows(nodes),
+        *_equality_rows(nodes, job, uses_rdma),
     ]
     return merge_equal_rows(rows)
 
@@ -81,19 +91,20 @@ def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     return rows
 
 
-def _equality_rows(nodes: Nodes) -> Iterator[CheckRow]:
+def _equality_rows(nodes: Nodes, job: EnvironmentSpec, uses_rdma: bool) -> Iterator[CheckRow]:
     """Yield the rows of values that are usually equal on all nodes of a partition."""
     hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
-    yield from _same_everywhere("cores of the job", {node["host"]: str(node["cpus"]) for node in nodes})
-    yield from _same_everywhere(
-        "CPU model", {node: facts.cpu_and_memory.model or "" for node, facts in hardware.items()}
-    )
-    yield from _same_everywhere("RDMA driver (OFED)", {node: facts.rdma_driver for node, facts in hardware.items()})
-    yield from _same_everywhere(
-        "adapters next to GPUs", {node: _affinity_text(facts) for node, facts in hardware.items()}
-    )
-    yield from _same_everywhere("paths between GPUs", {node: _paths_text(facts) for node, facts in hardware.items()})
-    yield from _same_everywhere("memory modules", {node: _modules_text(facts) for node, facts in hardware.items()})
+
+    def same(check: str, stated: Callable[[HardwareFacts], Stated]) -> Iterator[CheckRow]:
+        return _same_everywhere(check, {node: stated(facts) for node, facts in hardware.items()})
+
+    yield from _same_everywhere("cores of the job", {node["host"]: Stated(str(node["cpus"])) for node in nodes})
+    yield from same("CPU model", _cpu_model)
+    yield from same("NUMA nodes", _numa_nodes)
+    yield from same("memory modules", _memory_modules)
+    yield from same("RDMA driver (OFED)", lambda facts: _rdma_driver(facts, uses_rdma))
+    yield from same("adapters next to GPUs", lambda facts: _affinity(facts, uses_rdma and job.build != "cpu"))
+    yield from same("paths between GPUs", _gpu_paths)
 
 
 def _gpu_name(nodes: Nodes, job: EnvironmentSpec) -> str:
@@ -156,8 +167,9 @@ def _port_rows(nodes: Nodes, job: EnvironmentSpec) -> Iterator[CheckRow]:
     interfaces = {node["host"]: _used_interfaces(node["hardware"], job) for node in nodes}
     yield from port_rows(interfaces, None if layer else job.minimums.port_gbit_per_s)
     for name in dict.fromkeys(one.name for found in interfaces.values() for one in found):
-        found = {node: str(one.mtu or "") for node, own in interfaces.items() for one in own if one.name == name}
-        yield from _same_everywhere(f"MTU of {name}", found)
+        unread = f"/sys/class/net/{name}/mtu cannot be read"
+        found = {node: one.mtu for node, own in interfaces.items() for one in own if one.name == name}
+        yield from _same_everywhere(f"MTU of {name}", {node: _stated(mtu, unread) for node, mtu in found.items()})
 
 
 def _used_interfaces(facts: HardwareFacts, job: EnvironmentSpec) -> list[InterfaceFacts]:
@@ -166,40 +178,69 @@ def _used_interfaces(facts: HardwareFacts, job: EnvironmentSpec) -> list[Interfa
     return [one for one in facts.interfaces if one.name.startswith(tuple(filter(None, prefixes)))]
 
 
-def _modules_text(facts: HardwareFacts) -> str:
-    """Return the memory modules as `16 x 65536 MiB`; "" if the node does not report them."""
-    modules = Counter(facts.cpu_and_memory.modules_mib or ())
-    return ", ".join(f"{count} x {size} MiB" for size, count in sorted(modules.items()))
+def _stated(value: object, reason: str) -> Stated:
+    return Stated(str(value)) if value else Stated(reason=reason)
 
 
-def _paths_text(facts: HardwareFacts) -> str:
-    """Return the number of pairs of the job's GPUs by their path, `12 NODE, 16 SYS`; "" where no path is known."""
+def _cpu_model(facts: HardwareFacts) -> Stated:
+    return _of_cpu_and_memory(facts, "model", str)
+
+
+def _numa_nodes(facts: HardwareFacts) -> Stated:
+    return _of_cpu_and_memory(facts, "numa_nodes", str)
+
+
+def _memory_modules(facts: HardwareFacts) -> Stated:
+    """Return the memory modules as `16 x 65536 MiB`."""
+
+    def text(sizes_mib: Sequence[int]) -> str:
+        return ", ".join(f"{count} x {size} MiB" for size, count in sorted(Counter(sizes_mib).items()))
+
+    return _of_cpu_and_memory(facts, "modules_mib", text)
+
+
+def _of_cpu_and_memory(facts: HardwareFacts, name: str, text: Callable[[Any], str]) -> Stated:
+    value = getattr(facts.cpu_and_memory, name)
+    reason = facts.cpu_and_memory.unavailable.get(name, "no reason is known")
+    return Stated(reason=reason) if value is None else Stated(text(value))
+
+
+def _rdma_driver(facts: HardwareFacts, is_needed: bool) -> Stated:
+    return _stated(facts.rdma_driver, _NO_RDMA_VERSION if is_needed else "")
+
+
+def _gpu_paths(facts: HardwareFacts) -> Stated:
+    """Return the number of pairs of the job's GPUs by their path, `12 NODE, 16 SYS`."""
     gpus = facts.gpus.gpus
     paths = Counter(
         path for number, gpu in enumerate(gpus) for other in gpus[:number] if (path := gpu.paths.get(other.uuid))
     )
-    return ", ".join(f"{count} {path}" for path, count in sorted(paths.items()))
+    text = ", ".join(f"{count} {path}" for path, count in sorted(paths.items()))
+    return _stated(text, "NVML states no path between the GPUs" if len(gpus) > 1 else "")
 
 
-def _affinity_text(facts: HardwareFacts) -> str:
-    """Return how many GPUs and active RDMA ports are next to each NUMA node; "" on a node without GPUs or ports.
+def _affinity(facts: HardwareFacts, is_needed: bool) -> Stated:
+    """Return how many GPUs and active RDMA ports are next to each NUMA node.
 
     On a node where a GPU has no port beside it, its traffic crosses the link between the CPUs.
     """
     gpus = Counter(link.numa_node for link in facts.pcie_links if link.kind == "GPU" and link.numa_node is not None)
     ports = Counter(port.numa_node for port in facts.ports if port.is_active and port.numa_node is not None)
     if not gpus or not ports:
-        return ""
-    return ", ".join(f"NUMA node {node}: {gpus[node]} GPUs, {ports[node]} ports" for node in sorted({*gpus, *ports}))
+        without = "active RDMA port" if gpus else "GPU"
+        return Stated(reason=f"the kernel states no NUMA node of any {without}" if is_needed else "")
+    numa_nodes = sorted({*gpus, *ports})
+    return Stated(", ".join(f"NUMA node {node}: {gpus[node]} GPUs, {ports[node]} ports" for node in numa_nodes))
 
 
-def _same_everywhere(check: str, values: Mapping[str, str]) -> Iterator[CheckRow]:
-    """Warn of nodes with another value than most nodes. A value "" is not known, and says nothing."""
-    known = {node: value for node, value in values.items() if value}
-    if not known:
-        return
-    (usual, count), *_ = Counter(known.values()).most_common()
-    for node, value in known.items():
-        differs = value != usual and count > 1
-        remedy = "ask the admins whether the nodes of this partition should be equal"
-        yield Component(node).row(check, value, usual, "warn" if differs else "ok", remedy)
+def _same_everywhere(check: str, values: Mapping[str, Stated]) -> Iterator[CheckRow]:
+    """Warn of nodes with another value than most nodes. A node that does not state the value is unknown."""
+    known = Counter(stated.value for stated in values.values() if stated.value)
+    usual, count = next(iter(known.most_common()), ("the same on all nodes", 0))
+    for node, stated in values.items():
+        if stated.value:
+            differs = stated.value != usual and count > 1
+            remedy = "ask the admins whether the nodes of this partition should be equal"
+            yield Component(node).row(check, stated.value, usual, "warn" if differs else "ok", remedy)
+        elif stated.reason:
+            yield Component(node).unknown(check, stated.reason, usual)
