@@ -1,4 +1,4 @@
-"""Mistakes in site files: keys of the old form, options that longhaul sets itself."""
+"""Mistakes in site files: keys of the old form, options that longhaul sets itself. Origin of the centres' files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 from longhaul.config.load_config import is_site_file, load_site
 from longhaul.config.slurm_options import RESERVED_SBATCH_OPTIONS, RESERVED_SRUN_EXTRA
 from longhaul.errors import UserError
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import SITE, changed, write_config
 
 # The form of site files before partitions had options of their own.
@@ -160,3 +161,17 @@ def test_site_files_and_configs_are_told_apart(tmp_path: Path):
     (tmp_path / "old.yaml").write_text(OLD_SITE)
     assert [is_site_file(tmp_path / name) for name in ("site.yaml", "old.yaml")] == [True, True]
     assert not is_site_file(config)
+
+
+SITE_FILES = REPOSITORY / "config" / "sites"
+CENTRES = sorted(path.stem for path in SITE_FILES.glob("*.yaml") if not path.stem.startswith(("local", "slurm-")))
+
+
+@pytest.mark.parametrize("site", CENTRES)
+def test_site_files_of_centres_say_what_they_follow_and_that_they_were_not_run(site: str):
+    comments = (SITE_FILES / f"{site}.yaml").read_text().split("\nname:")[0]
+    assert re.search(r"Written from documentation on \d+ [A-Z]\w+ 20\d\d, not run there\.", comments)
+    pages = comments.split("# Pages")[1].split("# Checkpoints")[0]
+    assert re.search(r"^#   https?://\S+\.\S+", pages, flags=re.MULTILINE)
+    uses_rocm = load_site(site, REPOSITORY).accelerator.rocm is not None
+    assert ("longhaul was not run on AMD GPUs." in comments) == uses_rocm
