@@ -19,7 +19,7 @@ LOCAL_FILES = "docs/how-to/use-local-data-and-a-local-model.md"
 # Page -> the verbs of its commands that need no centre, in order. Both guides for a first run have the same commands.
 GUIDES = {
     FIRST_RUN[0]: ["init", "plan", "run -n", "run -n"],
-    "docs/zh/multi-node-guide.md": ["site nodes", "init", "plan", "run -n", "fabric explain", "init", "plan"],
+    "docs/zh/multi-node-guide.md": ["site nodes", "init", "plan", "run -n", "fabric explain", "init", "plan", "doctor"],
     LOCAL_FILES: ["init", "plan", "run -n"],
 }
 
@@ -35,7 +35,7 @@ def verb_without_centre(line: str) -> str | None:
     The second `init` of a guide for a first run is for a site file that only Slurm can give. A run up to a file is tried as
     a dry run.
     """
-    if line.startswith(("longhaul init", "longhaul plan")) and "./my-centre.yaml" not in line:
+    if line.startswith(("longhaul init", "longhaul plan", "longhaul doctor")) and "./my-centre.yaml" not in line:
         return line.split()[1]
     if line.startswith(("longhaul site nodes", "longhaul fabric explain")):
         return " ".join(line.split()[1:3])
@@ -59,8 +59,11 @@ def test_commands_work_in_an_empty_folder(
             continue
         with pytest.raises(SystemExit) as ended:
             main(shlex.split(line)[1:])
-        assert ended.value.code == 0, capsys.readouterr().out
-    assert "GPU" in capsys.readouterr().out
+        # Nothing has run in this folder, so `doctor` says how to start.
+        assert ended.value.code == (2 if verb_without_centre(line) == "doctor" else 0), capsys.readouterr().out
+    output = capsys.readouterr()
+    assert "GPU" in output.out
+    assert ("remedy: start it with `longhaul run CONFIG`" in output.err) == ("doctor" in GUIDES[guide])
 
 
 def test_both_guides_for_a_first_run_have_the_same_steps_commands_tables_and_links():
