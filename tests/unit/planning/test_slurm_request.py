@@ -338,8 +338,14 @@ def test_main_process_gets_one_core_for_as_long_as_its_partition_allows():
     assert controller_request(site(GPU, CPU)) == cpu
     assert controller_request(site(GPU, CPU.model_copy(update={"memory": "all"}))) == cpu
     assert controller_request(site(GPU, CPU.model_copy(update={"memory": "omit"}))).memory_mb is None
-    alone = controller_request(site(shared()))
-    assert (alone.gpus_per_node, alone.cpus_per_task, alone.memory_mb, alone.minutes) == (0, 1, 2000, 900)
+
+
+def test_main_process_gets_a_share_of_a_gpu_node_as_other_cpu_jobs_do():
+    """Centres refuse jobs without a GPU on GPU partitions."""
+    where = site(shared())
+    request = controller_request(where)
+    assert (request.gpus_per_node, request.cpus_per_task, request.memory_mb, request.minutes) == (1, 8, 62_500, 900)
+    assert request == cpu_request(where, 900)
 
 
 def test_one_minute_job_is_the_smallest_one_that_the_cpu_partition_accepts():

@@ -196,21 +196,25 @@ def gpu_request(site: Site, *, place: JobPlace, nodes: int, tasks: int, gpus: in
 def cpu_request(site: Site, minutes: int) -> SlurmRequest:
     """Return the request of a job that trains nothing, on one node.
 
-    On a partition without GPUs it gets what the site file says of one node. On a GPU partition it gets one GPU and its share of
-    cores and memory, because centres bill or refuse other shapes there; a whole node where jobs get only whole nodes.
+    On a partition without GPUs it gets what the site file says of one node, on a GPU partition a share of one.
     """
     partition = site.partition_for("cpu")
     node = partition.node
     if site.scheduler == "local" or not node.gpus:
         return _request(partition, cpus=node.cpus, memory_mb=node.memory_mb, minutes=minutes)
-    gpus = node.gpus if partition.exclusive else 1
-    return _share_request(partition, nodes=1, tasks=1, gpus=gpus, minutes=minutes)
+    return _one_gpu_request(partition, minutes)
 
 
 def controller_request(site: Site) -> SlurmRequest:
-    """Return the request of the main Snakemake process as a job: one core for as long as its partition allows."""
+    """Return the request of the main Snakemake process as a job, for as long as its partition allows.
+
+    On a partition without GPUs it gets one core, on a GPU partition a share of a node.
+    """
     partition = site.partition_for("login")
-    request = _request(partition, cpus=1, memory_mb=1, minutes=partition.max_minutes or 1)
+    minutes = partition.max_minutes or 1
+    if partition.node.gpus:
+        return _one_gpu_request(partition, minutes)
+    request = _request(partition, cpus=1, memory_mb=1, minutes=minutes)
     return replace(request, memory_mb=_small_memory_mb(partition, _CONTROLLER_MB), exclusive=False)
 
 
@@ -225,6 +229,16 @@ def one_minute_request(site: Site) -> SlurmRequest:
 
 def _small_memory_mb(partition: Partition, limit: int) -> int | None:
     return None if partition.memory == "omit" else min(limit, partition.node.memory_mb)
+
+
+def _one_gpu_request(partition: Partition, minutes: int) -> SlurmRequest:
+    """Return the request of a job on a GPU partition that uses no GPU.
+
+    It gets one GPU and its share of cores and memory, because centres bill or refuse other shapes there; a whole node where
+    jobs get only whole nodes.
+    """
+    gpus = partition.node.gpus if partition.exclusive else 1
+    return _share_request(partition, nodes=1, tasks=1, gpus=gpus, minutes=minutes)
 
 
 def _share_request(partition: Partition, *, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
