@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from longhaul.artifacts.paths import JobId
+from longhaul.jobs.job_kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime import rank_placement
 from longhaul.runtime.process_rank import Rank
 from longhaul.runtime.rank_placement import bind_to_gpu_cores, gpu_index, part_of
+from longhaul.train import distributed_context
+from tests.support.small_configs import plan_of
 
 
 def rank(local_rank: int) -> Rank:
@@ -108,3 +114,32 @@ def test_nothing_is_bound_where_ranks_outnumber_the_cores(
 ):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 6, 7, 13})
     assert parts() == [[], [], [], []] and bound == []
+
+
+@pytest.mark.parametrize(
+    ("cpu_bind", "expected", "printed"),
+    [("auto", [[1, 8, 9]], "rank 2: bound to the CPUs [1, 8, 9]\n"), ("none", [], "")],
+)
+def test_ranks_of_a_training_bind_themselves_where_the_site_file_says_auto(
+    node: Path,
+    bound: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    cpu_bind: str,
+    expected: list[list[int]],
+    printed: str,
+):
+    plan = plan_of(node / "planned", {"stages.0.gpus_per_node": 4}, {"partitions.0.cpu_bind": cpu_bind})
+    job = job_spec(plan, JobId("train", ("base",)))
+    assert isinstance(job, TrainSpec)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "0")
+    monkeypatch.setattr(distributed_context, "this_rank", lambda: rank(2))
+    monkeypatch.setattr(distributed_context, "use_ops_folder", lambda scratch: None)
+    monkeypatch.setattr(distributed_context, "process_group", lambda *arguments: nullcontext())
+    monkeypatch.setattr(distributed_context, "_initialize_deepspeed", lambda on_gpu: None)
+    with distributed_context.distributed_context(job):
+        assert bound == expected
+    assert capsys.readouterr().out == printed
