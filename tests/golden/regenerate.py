@@ -71,8 +71,10 @@ def rendered_headers(site: str) -> str:
 
 def _plan_at(site: str) -> Plan:
     gpus = load_site(site, Path()).node.gpus
-    stage = {"nodes": 2, "gpus_per_node": gpus, "global_batch_size": 2 * gpus, "export": "last"}
-    config = {"site": site, "checks": {}, **{f"stages.0.{key}": value for key, value in stage.items()}}
+    stage = {"nodes": 2, "gpus_per_node": gpus, "global_batch_size": 2 * gpus}
+    jobs = {"export": "last", "evaluate": {"tasks": ["arc_easy"]}}
+    config = {"site": site, "checks": {}, "scale_test.nodes": [1], "data_jobs.prose": 2}
+    config |= {f"stages.0.{key}": value for key, value in {**stage, **jobs}.items()}
     lock = Lock({name: {"path": "/data", "files": [f"/data/{name}.jsonl"]} for name in ("prose", "chats")})
     with tempfile.TemporaryDirectory() as folder:
         return build_plan(load_config(write_config(Path(folder), config)), lock)
