@@ -99,6 +99,13 @@ def test_jobs_come_before_training_and_compare_with_the_smallest(tmp_path: Path)
     assert scale_test_before(made, 8) == [Path("results/small/scale_test/4.json")] and scale_test_before(made, 1) == []
 
 
+@pytest.mark.parametrize("key", ["serve", "serve_check"])
+def test_a_stage_that_is_served_is_tried_without_its_export(key: str, tmp_path: Path):
+    made = plan(tmp_path, **{"stages.0.export": "last", f"stages.0.{key}": {}})
+    spec = job_spec(made, JobId("scale_test", ("2",)))
+    assert isinstance(spec, ScaleTestSpec) and spec.stage.export == "none"
+
+
 @pytest.mark.parametrize(
     ("change", "again"),
     [

@@ -85,6 +85,8 @@ def _rung(plan: Plan, full: StagePlan, nodes: int) -> StagePlan:
             "profile_steps": profiled,
             "skip_batches": (),
             "evaluate": None,
+            "serve": None,
+            "serve_check": None,
             "bad_steps": BadSteps(policy="skip", limit=steps),
         }
     )
