@@ -5,9 +5,10 @@ Links have a rate limit, so that the rate does not depend on the CPU of the mach
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,11 @@ import psutil
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.artifacts.fabric_report import FabricReport
-from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
+from longhaul.artifacts.paths import QUARANTINE, STAGE_KIND, JobFolder, JobId
 from longhaul.artifacts.quarantine import read_quarantine
 from longhaul.config.load_config import load_config
 from longhaul.jobs.launch_files import write_launch_files
-from longhaul.planning import build_plan
+from longhaul.planning import Plan, build_plan
 from tests.cluster.host_faults import (
     Fault,
     full_disk,
@@ -43,14 +44,16 @@ LOSSY = "rate 400mbit burst 2kb limit 3kb"
 """A queue of two packets: the sender loses packets in every burst. Its rate changes from one moment to the next."""
 MIN_DISK_GB_PER_S = 0.006
 """Minimum of the local disk, which all hosts of this machine share: a slow host writes at half of it."""
-FABRIC, ENVIRONMENT = "fabric", "environment"
+FABRIC, ENVIRONMENT, QUICK_HALF = "fabric", "environment", "quick half"
+"""The quick half is what a training runs on its own nodes before its first step: a part of both checks."""
+HEALTHY_RUNS = 20
 
 
 @dataclass(frozen=True)
 class DrillCase:
     """One fault.
 
-    check:    the check that must find it
+    check:    the check that must find it; the quick half has healthy runs alone
     inject:   a context manager in which the fault exists
     named:    the host that must be quarantined; "" if the fault is no host's
     message:  part of a problem that the check must report; "" if it must find none
@@ -198,7 +201,9 @@ def unplugged(host: str) -> Fault:
     return inject
 
 
-HEALTHY = tuple(DrillCase(f"healthy, {check} check", healthy, check=check) for check in (ENVIRONMENT, FABRIC))
+HEALTHY = tuple(
+    DrillCase(f"healthy, {check} check", healthy, check=check) for check in (ENVIRONMENT, FABRIC, QUICK_HALF)
+)
 _HOST: dict[str, Any] = {"named": "n2", "check": ENVIRONMENT, "within_s": 90.0}
 CASES = (
     DrillCase("one host at a tenth of the rate", limited("n3", SLOW), "n3", "n3 is slow with most other nodes", quick=True),
@@ -216,7 +221,11 @@ CASES = (
 )  # fmt: skip
 
 
-_REPORTS: dict[str, type[FabricReport | EnvironmentReport]] = {FABRIC: FabricReport, ENVIRONMENT: EnvironmentReport}
+_REPORTS: dict[str, type[FabricReport | EnvironmentReport]] = {
+    FABRIC: FabricReport,
+    ENVIRONMENT: EnvironmentReport,
+    QUICK_HALF: FabricReport,
+}
 
 
 def _hosts_of(report: FabricReport | EnvironmentReport) -> list[str]:
@@ -234,6 +243,32 @@ def drill_site(cluster: VirtualHosts, nodes: int) -> dict[str, Any]:
     }
 
 
+def healthy_lines(seconds: Mapping[str, Sequence[float]]) -> list[str]:
+    """Return lines with the number and the times of the healthy runs. seconds: check -> time of each run, with its start."""
+    lines = [
+        f"healthy, {check}: {len(found)} of {HEALTHY_RUNS} runs, no alarm; median {statistics.median(found):.0f} s, "
+        f"longest {max(found):.0f} s"
+        for check, found in seconds.items()
+    ]
+    return [*lines, "aims for healthy runs: environment and fabric check together 180 s, quick half 60 s"]
+
+
+def drill_config(nodes: int, scratch: Path) -> dict[str, Any]:
+    """Return the config of a run whose checks and first stage have this number of nodes, with one rank each."""
+    checks = {"nodes": nodes, "gpus_per_node": 1, "minutes": 5, "min_disk_free_gb": 0.1}
+    config = tiny_config(checks=checks, storage={"scratch": str(scratch)}, scale_test="off")
+    config["stages"][0] |= {"nodes": nodes, "gpus_per_node": 1, "global_batch_size": 2 * nodes}
+    return config
+
+
+def job_of_check(plan: Plan, check: str) -> tuple[JobId, Path]:
+    """Return the job that runs a check, and its report. The training runs the quick half, whose last part are the pairs."""
+    if check == QUICK_HALF:
+        name = plan.stages[0].name
+        return JobId(STAGE_KIND, (name,)), plan.paths.stage(name).pair_check_report
+    return JobId(check), {FABRIC: plan.paths.fabric, ENVIRONMENT: plan.paths.environment}[check]
+
+
 @dataclass(frozen=True)
 class DrillResult:
     """seconds: until the fault was found, or until the check succeeded; passed_on: nodes on which it succeeded."""
@@ -248,22 +283,22 @@ class CheckDrill(PipelineRunOnCluster):
     """A run of which only one check is started, by hand, on this number of nodes of the cluster."""
 
     def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int, check: str) -> None:
-        checks = {"nodes": nodes, "gpus_per_node": 1, "minutes": 5, "min_disk_free_gb": 0.1}
-        config = tiny_config(checks=checks, storage={"scratch": str(scratch_folder(cluster))})
-        super().__init__(folder, config, cluster, **drill_site(cluster, nodes))
+        super().__init__(folder, drill_config(nodes, scratch_folder(cluster)), cluster, **drill_site(cluster, nodes))
         plan = build_plan(load_config(folder / "run.yaml"))
         write_launch_files(plan, folder)
-        self._job = JobFolder(folder / plan.paths.job(JobId(check)).path)
-        self._report, out = _REPORTS[check], {FABRIC: plan.paths.fabric, ENVIRONMENT: plan.paths.environment}[check]
-        self._out = folder / out
+        job, out = job_of_check(plan, check)
+        self._check, self._job = check, JobFolder(folder / plan.paths.job(job).path)
+        self._report, self._out = _REPORTS[check], folder / out
 
     def run_check(self) -> DrillResult:
         """Submit the check and wait until it has found the fault and ended, or run on other nodes."""
         started = time.monotonic()
-        self.cluster.run("sbatch", str(self._job.sbatch_script), cwd=self.folder)
+        job_id = self.cluster.run("sbatch", "--parsable", str(self._job.sbatch_script), cwd=self.folder).strip()
         found = (self._out.exists, failed_path(self._out).exists, self._job.failure.exists, self._quarantined)
         self.cluster.wait(300, "the fault is found or the check succeeds", lambda: any(is_so() for is_so in found))
         seconds = time.monotonic() - started
+        if self._check == QUICK_HALF:  # the training itself has no data
+            self.cluster.run("scancel", job_id)
         problems = self._report.read(failed_path(self._out)).problems if failed_path(self._out).exists() else []
         self.cluster.wait(300, "the job has ended", lambda: not self.cluster.run("squeue", "-h").strip())
         passed_on = _hosts_of(self._report.read(self._out)) if self._out.exists() else []

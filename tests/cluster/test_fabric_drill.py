@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +18,13 @@ from longhaul.artifacts.quarantine import read_quarantine
 from tests.cluster.fabric_drill import (
     CASES,
     HEALTHY,
+    HEALTHY_RUNS,
     RATE,
     SLOW,
     CheckDrill,
     DrillCase,
     DrillResult,
+    healthy_lines,
     limit_link,
     limited,
 )
@@ -33,7 +35,6 @@ from tests.support.slurm_conf import ClusterSize
 from tests.support.virtual_cluster import VirtualCluster
 
 QUICK_HOSTS, ALL_HOSTS = 4, 8
-HEALTHY_RUNS = 20
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -63,11 +64,11 @@ class DrillTable:
 
     is_written: bool
     found: list[str] = field(default_factory=list)
-    healthy: Counter[str] = field(default_factory=Counter)
+    healthy_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, case: DrillCase, result: DrillResult) -> None:
         if case in HEALTHY:
-            self.healthy[case.name] += 1
+            self.healthy_s[case.check].append(result.seconds)
         else:
             after = f"; passed on {', '.join(result.passed_on)}" if result.passed_on else ""
             message = case.message or f"{case.named} does not respond"
@@ -80,8 +81,7 @@ class DrillTable:
         head = ["command: make fabric-drill", *describe_machine(("torch",))[1:]]
         summary = f"{ALL_HOSTS} hosts of a Slurm cluster on one machine, each check runs on {ALL_HOSTS - 1} of them"
         counts = f"{len(self.found)} of {len(CASES)} faults were found"
-        healthy = [f"{name}: {count} of {HEALTHY_RUNS} runs, no alarm" for name, count in self.healthy.items()]
-        return [*head, summary, counts, *self.found, *healthy]
+        return [*head, summary, counts, *self.found, *healthy_lines(self.healthy_s)]
 
 
 def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, table: DrillTable):
