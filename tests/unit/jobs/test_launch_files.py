@@ -17,6 +17,7 @@ import yaml
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate, baseline_path
 from longhaul.config.load_config import load_site
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
@@ -442,6 +443,18 @@ def test_training_on_three_nodes_measures_their_pairs_before_each_attempt(tmp_pa
         spec = json.loads(files["pair_check.json"])
         assert (spec["nodes"], spec["gpus_per_node"], spec["pairs_only"]) == (nodes, 2, True)
         assert (spec["out"], spec["folder"]) == ("results/small/stages/base/pairs.json", "results/small/stages/base")
+
+
+def test_training_on_two_nodes_measures_their_pair_where_the_site_has_a_baseline_of_its_network(tmp_path: Path):
+    config = {"stages.0.nodes": 2, "stages.0.gpus_per_node": 2, "stages.0.global_batch_size": 24}
+    rate = UsualRate(median=20.0, lowest=18.0, highest=21.0, count=6)
+    network = {"pairs of nodes, nccl, 2 ranks per node": rate}
+    for known, pair_checks in ({}, 0), (network, 1):
+        SiteBaseline("", "r", "", {}, known).write(baseline_path(tmp_path / "site.yaml"))
+        files = render_job(plan_of(tmp_path, config, {"partitions.0.max_nodes": 4}), BASE, tmp_path / "run").files
+        steps = [step["command"] for step in json.loads(files["launch.json"])["steps"]]
+        assert sum("fabric" in command for command in steps) == pair_checks
+    assert json.loads(files["pair_check.json"])["baseline"]["network"] == network
 
 
 def bindings(command: list[str]) -> list[str]:

@@ -127,13 +127,14 @@ def _checks(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedSt
 
 
 def _pair_check(plan: Plan, job: JobId, request: SlurmRequest) -> Sequence[PlannedStep]:
-    """Return the pair tournament; two nodes have nothing to be compared with."""
+    """Return the pair tournament. Two nodes are one pair, which only a baseline of the site can judge."""
     (name,) = job.names
     stage, folder = plan.stage(name).stage, plan.paths.stage(name)
-    if stage.nodes < FEWEST_COMPARED_NODES:
-        return []
     out = str(folder.pair_check_report)
     spec = fabric_spec(plan, job, stage.nodes, stage.gpus_per_node, out, pairs_only=True)
+    has_baseline = spec.baseline is not None and bool(spec.baseline.network)
+    if stage.nodes < (2 if has_baseline else FEWEST_COMPARED_NODES):
+        return []
     title = "Check of the network between these nodes"
     return [PlannedStep(title, "fabric", spec, folder.pair_check_spec.name, request)]
 
