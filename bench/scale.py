@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.machine import describe_machine, write_result
+from bench.scale_records import measure_failed_rank, measure_records
 from bench.simulated_ranks import HEARTBEAT_TIMEOUT_S, RANKS_PER_NODE, connect, run_other_ranks, run_rank_0
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.compare_hashes import wrong_files
@@ -81,6 +82,8 @@ def measure(ranks: int) -> Measured:
             **_checkpoint(folder / "checkpoint", ranks),
             **_environment_check(folder, ranks),
             **_pair_evidence(ranks // RANKS_PER_NODE),
+            **measure_records(folder / "run", ranks),
+            **measure_failed_rank(folder / "failed", ranks),
         }
 
 

