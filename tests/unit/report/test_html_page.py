@@ -20,7 +20,7 @@ from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
 from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.status_text import summary_lines
-from tests.support.finished_run_files import write_finished_run
+from tests.support.finished_run_files import DATASET, write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder
 
 
@@ -125,6 +125,27 @@ def test_summary_of_the_terminal_and_of_the_report_agree(
     assert f"loss {nats(progress.first_loss)} → {nats(results.stages[0].summary.last_loss)}" in line
     hours = {"running": "8.03", "failed": "16.1", "done": "16.1"}[state]
     assert f"GPU-hours: {hours} of" in cost and f"It used {hours} GPU-hours" in text_of(render_page(results))
+
+
+@pytest.mark.parametrize(
+    ("entropy_nats", "answer"),
+    [
+        (2.5, '<span class="good">yes: below 2.500</span>'),
+        (2.0, '<span class="bad">no: not below 2.000</span>'),  # the loss itself
+        (1.0, '<span class="bad">no: not below 1.000</span>'),
+    ],
+)
+def test_a_loss_that_is_not_below_the_entropy_baseline_is_flagged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, entropy_nats: float, answer: str
+) -> None:
+    """The last loss of the stage is 2. The summary in the terminal says the same as the page."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = write_finished_run(tmp_path / "results")
+    manifest = json.loads(run.manifest(DATASET).read_text())
+    run.manifest(DATASET).write_text(json.dumps({**manifest, "unigram_entropy_nats": entropy_nats}))
+    results = read_run(run.folder)
+    assert f'<td data-title="did it learn?">{answer}</td>' in render_page(results)
+    assert ("it has not learned" in "".join(summary_lines(results.status))) == ("bad" in answer)
 
 
 def test_acceptance_has_rows_of_the_stage_and_of_the_network(page: str) -> None:
