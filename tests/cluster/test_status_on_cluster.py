@@ -72,6 +72,9 @@ def test_every_state_of_a_stage_is_shown(run: FaultedRun):
     failed = stage_of(run)
     assert failed["job"]["state"] == "failed" and failed["job"]["detail"] == "cancelled by scancel"
     assert failed["job"]["remedy"] in ask(run, "status") and "remedy: run the same command" in ask(run, "doctor")
+    terminal = (run.folder / "main.log").read_text()
+    assert terminal.count("Run tiny: failed (") == terminal.count(failed["job"]["detail"]) == 1, terminal
+    assert terminal.count(f"remedy: {failed['job']['remedy']}") == 1, terminal
     run.start()
     finished_with_code(run, 0)
     done = stage_of(run)
