@@ -70,7 +70,7 @@ def serve(plan: Plan, stage: str) -> None:
     if plan.site.scheduler == "slurm":
         _submit(plan, job, folder)
     else:
-        os.execvp("bash", ["bash", str(folder.launch_script)])  # nosec B606, B607
+        os.execvp("bash", ["bash", str(folder.launch_script)])  # nosec B606, B607  # a file of this run; bash as in $PATH
 
 
 def show(plan: Plan, stage: str) -> None:
