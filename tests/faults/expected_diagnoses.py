@@ -42,7 +42,6 @@ EXPECTED = {
     "disk of the exports full": "disk full: an export needs",
     "disk too small, then freed": "GB free, checks.min_disk_free_gb is 0.02",
     "weights folder not writable, then writable": "Read-only file system",
-    "limit on file size, then lifted": "File too large",
     "clock wrong, then right": "clock is [+]3600",
     "host names not resolved": "cannot resolve n",
     "payload in the newest checkpoint": "is not read, because it holds more than tensors|cancelled by scancel",
