@@ -79,3 +79,19 @@ def dataset_files(manifest: DataManifest, splits: Iterable[str] | None = None) -
         if "filtered_out" in split:
             files[root / split["filtered_out"]] = split.get("filtered_out_sha256", "")
     return files
+
+
+def damaged_data(problem: str, data: DataManifest, manifest: Path) -> UserError:
+    """Return the error for what wrong_files found in a dataset. Its remedy makes the same shards again.
+
+    manifest: path of the dataset's or mixture's manifest, which the remedy deletes with the chunk's folder
+    """
+    path = Path(problem.split(" ", 1)[0])
+    parts = [DataManifest.from_fields(part["manifest"]) for part in data.mixture] or [data]
+    owner = next((part for part in parts if path.is_relative_to(part.path)), data)
+    folder = Path(owner.path) / path.relative_to(owner.path).parts[0] if path.is_relative_to(owner.path) else path
+    manifests = dict.fromkeys([manifest.with_name(f"{owner.dataset}.json"), manifest])
+    return UserError(
+        f"dataset {data.dataset}: {problem}",
+        f"restore the file, or make it again: rm -r {folder} {' '.join(map(str, manifests))}; then run again",
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256, write_text
-from longhaul.artifacts.compare_hashes import FileHashes, dataset_files, wrong_files
+from longhaul.artifacts.compare_hashes import FileHashes, damaged_data, dataset_files, wrong_files
 from longhaul.artifacts.pack_totals import PackTotals
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
@@ -36,23 +36,13 @@ def verify_data(job: TrainSpec, data: DataManifest, weights: WeightsFolder, cont
         return
     began_s = time.monotonic()
     if problem := _first_problem(files, context):
-        path = Path(problem.split(" ", 1)[0])
-        raise UserError(f"dataset {data.dataset}: {problem}", _make_again(path, data, Path(job.data)))
+        raise damaged_data(problem, data, Path(job.data))
     if context.is_main:
         print(
             f"compared {len(files)} files of the data with their hashes in {time.monotonic() - began_s:.1f} s",
             flush=True,
         )
         write_text(record, state)
-
-
-def _make_again(path: Path, data: DataManifest, manifest: Path) -> str:
-    """Return the remedy: a chunk's folder and the manifest go, and the same shards are made again."""
-    parts = [DataManifest.from_fields(part["manifest"]) for part in data.mixture] or [data]
-    owner = next((part for part in parts if path.is_relative_to(part.path)), data)
-    folder = Path(owner.path) / path.relative_to(owner.path).parts[0] if path.is_relative_to(owner.path) else path
-    manifests = dict.fromkeys([manifest.with_name(f"{owner.dataset}.json"), manifest])
-    return f"restore the file, or make it again: rm -r {folder} {' '.join(map(str, manifests))}; then run again"
 
 
 def verify_packs(folder: Path, context: DistributedContext) -> None:

@@ -9,7 +9,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import ConversationCounts, DataManifest, KeptConversations
 from longhaul.config.stage_config import Truncate
 from longhaul.data.sampling.count_chats import run
-from longhaul.errors import InputError
+from longhaul.errors import InputError, UserError
 from longhaul.jobs.kinds.count_chats_job import ChatStage, CountChatsSpec
 from tests.support.corpora import dataset, make_shards, make_tokenizer, text, write_jsonl
 
@@ -65,6 +65,20 @@ def test_a_length_that_keeps_no_conversation_is_refused_with_the_stage(shards: D
         "stage chat: dataset corpus: with truncate drop, none of the 10 conversations of the train split has a loss token "
         "within sequence_length 8; half of them have "
     )
+
+
+@pytest.mark.parametrize("ending", ["idx", "mask"])
+def test_altered_lengths_and_masks_are_refused(shards: DataManifest, ending: str):
+    """The counts would be wrong without a word."""
+    file = next(Path(shards.path).glob(f"*/train*.{ending}"))
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    try:
+        with pytest.raises(UserError, match=f"dataset corpus: {file} does not have the SHA-256") as refused:
+            kept(shards, 128, "right")
+    finally:
+        file.write_bytes(data)
+    assert f"rm -r {file.parent} " in refused.value.hint
 
 
 def test_names_and_order_of_stages_do_not_count_again(shards: DataManifest):

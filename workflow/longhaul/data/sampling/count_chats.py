@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import ConversationCounts, DataManifest, KeptConversations
+from longhaul.artifacts.compare_hashes import damaged_data, dataset_files, wrong_files
 from longhaul.config.stage_config import Truncate
 from longhaul.data.sampling.kept_conversations import count_conversations, left_out_lines, require_kept_conversations
 from longhaul.data.shards.shard_reader import SplitReader
@@ -16,11 +17,20 @@ def run(job: CountChatsSpec) -> None:
     """Write `job.out`.
 
     Raises:
+        UserError: a file of lengths or masks is missing or was altered.
         InputError: a stage would keep no conversation of a split. Its training would find the same, maybe weeks later.
     """
     manifest = DataManifest.read(Path(job.data))
+    _verify_counted_files(job, manifest)
     splits = {split: _count_split(job, manifest, split) for split in manifest.splits}
     ConversationCounts(manifest.hash, splits).write(Path(job.out))
+
+
+def _verify_counted_files(job: CountChatsSpec, manifest: DataManifest) -> None:
+    """Compare the files with their hashes, without the tokens (.bin): these are by far the most, and are not counted."""
+    files = {path: sha256 for path, sha256 in dataset_files(manifest).items() if path.suffix != ".bin"}
+    if problem := next(wrong_files(files), None):
+        raise damaged_data(problem, manifest, Path(job.data))
 
 
 def _count_split(job: CountChatsSpec, manifest: DataManifest, split: str) -> list[KeptConversations]:
