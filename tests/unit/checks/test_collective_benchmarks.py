@@ -92,6 +92,19 @@ def test_one_round_is_checked_before_rounds_are_timed(monkeypatch: pytest.Monkey
     found = measure(Collective("one", lambda *_: prepared, lambda n: 1.0), MeasuredGroup(0, 2, torch.device("cpu")), 64)
     assert found["correct"] and found["rounds"] == len(rounds) == CHECKED + WARM_UP + 40 + 10
     assert (found["time_us"], found["median_us"], found["p95_us"]) == (5000.0, 5500.0, 10000.0)
+    assert (found.get("min_us"), found.get("p99_us"), found.get("max_us")) == (1000.0, 10000.0, 10000.0)
+
+
+def test_slowest_of_100_rounds_is_beyond_the_99th_percentile(monkeypatch: pytest.MonkeyPatch):
+    """A fast collective is timed 100 times one by one; they take 1, 2, … 100 us, in any order."""
+    singles = iter([*range(100, 50, -1), *range(1, 51)])
+    monkeypatch.setattr(collective_benchmarks, "_seconds", lambda *_: 1e-6 * (next(singles) if _[-1] == 1 else 10))
+    monkeypatch.setattr(collective_benchmarks, "_slowest", lambda group, values: values)
+    monkeypatch.setattr(collective_benchmarks, "_all_agree", lambda group, value: value)
+    prepared = (lambda: None, lambda: True)
+    found = measure(Collective("one", lambda *_: prepared, lambda n: 1.0), MeasuredGroup(0, 2, torch.device("cpu")), 64)
+    spread = [found.get(name) for name in ("min_us", "median_us", "p95_us", "p99_us", "max_us")]
+    assert spread == [1.0, 50.5, 95.0, 99.0, 100.0]
 
 
 def test_size_below_the_smallest_shared_message_is_not_measured_twice(monkeypatch: pytest.MonkeyPatch):

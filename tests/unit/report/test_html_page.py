@@ -185,6 +185,7 @@ def test_pairs_of_the_fabric_check_and_of_a_stage_are_heat_maps(page: str) -> No
 
 def test_rates_of_nccl_tests_are_beside_the_checks_own(page: str) -> None:
     assert "in place: time, µs algorithm, GB/s bus, GB/s gloo: bus, GB/s" in page
+    assert "all all_reduce 8 1 0.75 1 2 2.5 3.25 1 1" in page
     assert "all_reduce 8 6.5 1.25 1.75 1 all_reduce 64 6.5 1.25 1.75 6.5 1.25 1.75" in page
 
 

@@ -17,7 +17,8 @@ class CollectiveResult(TypedDict):
     scope:     all: between all ranks; node: between the ranks of each node, and of the slowest node
     host:      the slowest node; only where the scope is node
     time_us:   mean of rounds in a row, from which the bandwidths follow
-    median_us: of rounds that were timed one by one; p95_us: their 95th percentile
+    median_us: of rounds that were timed one by one, as are the percentiles p95_us and p99_us, and min_us and max_us;
+               earlier releases have no p99_us, min_us and max_us
     """
 
     collective: str
@@ -28,6 +29,9 @@ class CollectiveResult(TypedDict):
     time_us: float
     median_us: float
     p95_us: float
+    p99_us: NotRequired[float]
+    min_us: NotRequired[float]
+    max_us: NotRequired[float]
     algorithm_bandwidth_gbps: float
     bus_bandwidth_gbps: float
     correct: bool

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -23,6 +23,8 @@ import torch.distributed as dist
 from longhaul.artifacts.fabric_report import CollectiveResult
 
 _CHECKED_ROUNDS, _WARMUP_ROUNDS, _FEWEST_ROUNDS, _FEWEST_SINGLE_ROUNDS = 1, 3, 3, 5
+_MOST_ROUNDS, _MOST_SINGLE_ROUNDS = 200, 100
+"""The 99th percentile of 100 rounds is the second largest."""
 _ROUNDS_S, _SINGLE_ROUNDS_S = 0.2, 0.05
 """Durations of the rounds in a row, and of those that are timed one by one, of one collective at one size."""
 _ALWAYS_MEASURED_BYTES = 2**20
@@ -108,10 +110,11 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
     run_once()
     correct = _all_agree(group, is_correct())
     first_s = _slowest(group, [_seconds(group, run_once, _WARMUP_ROUNDS)])[0]
-    rounds = int(min(200, max(_FEWEST_ROUNDS, _ROUNDS_S / max(first_s, 1e-6))))
+    rounds = int(min(_MOST_ROUNDS, max(_FEWEST_ROUNDS, _ROUNDS_S / max(first_s, 1e-6))))
     seconds = _slowest(group, [_seconds(group, run_once, rounds)])[0]
-    single_rounds = int(min(50, max(_FEWEST_SINGLE_ROUNDS, _SINGLE_ROUNDS_S / max(first_s, 1e-6))))
-    single_us = [s * 1e6 for s in _slowest(group, [_seconds(group, run_once, 1) for _ in range(single_rounds)])]
+    single_rounds = int(min(_MOST_SINGLE_ROUNDS, max(_FEWEST_SINGLE_ROUNDS, _SINGLE_ROUNDS_S / max(first_s, 1e-6))))
+    single_s = _slowest(group, [_seconds(group, run_once, 1) for _ in range(single_rounds)])
+    single_us = sorted(round(seconds * 1e6, 1) for seconds in single_s)
     algorithm_gbps = elements * _FLOAT_BYTES / seconds / 1e9
     return {
         "collective": collective.name,
@@ -121,11 +124,19 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
         "rounds": _CHECKED_ROUNDS + _WARMUP_ROUNDS + rounds + single_rounds,
         "time_us": round(seconds * 1e6, 1),
         "median_us": round(statistics.median(single_us), 1),
-        "p95_us": round(sorted(single_us)[math.ceil(0.95 * single_rounds) - 1], 1),
+        "p95_us": _percentile(single_us, 95),
+        "p99_us": _percentile(single_us, 99),
+        "min_us": single_us[0],
+        "max_us": single_us[-1],
         "algorithm_bandwidth_gbps": round(algorithm_gbps, 4),
         "bus_bandwidth_gbps": round(algorithm_gbps * collective.bus_factor(group.size), 4),
         "correct": correct,
     }
+
+
+def _percentile(ascending: Sequence[float], percent: int) -> float:
+    """Return the percentile by the nearest rank."""
+    return ascending[math.ceil(percent * len(ascending) / 100) - 1]
 
 
 def _seconds(group: MeasuredGroup, run_once: Callable[[], object], rounds: int) -> float:

@@ -277,10 +277,18 @@ def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:
 
 def _print_measurements(report: FabricReport) -> None:
     title = f"{report.backend} between {report.world_size} ranks on {', '.join(report.hosts)}"
-    columns = ("ranks", "collective", "bytes", "time us", "median us", "95 % us", "algorithm GB/s", "bus GB/s")
+    times = {
+        "time us": "time_us",
+        "min us": "min_us",
+        "median us": "median_us",
+        "95 % us": "p95_us",
+        "99 % us": "p99_us",
+        "max us": "max_us",
+    }
+    columns = ("ranks", "collective", "bytes", *times, "algorithm GB/s", "bus GB/s")
     table = Table(*columns, title=title, title_justify="left")
     for row in report.results:
         rates = (f"{rate:.3f}" for rate in (row["algorithm_bandwidth_gbps"], row["bus_bandwidth_gbps"]))
-        times = (f"{row[key]:,.1f}" for key in ("time_us", "median_us", "p95_us"))
-        table.add_row(row.get("host", row["scope"]), row["collective"], f"{row['bytes']:,}", *times, *rates)
-    Console(width=120).print(table)
+        microseconds = (f"{row[key]:,.1f}" for key in times.values())
+        table.add_row(row.get("host", row["scope"]), row["collective"], f"{row['bytes']:,}", *microseconds, *rates)
+    Console(width=140).print(table)
