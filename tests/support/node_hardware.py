@@ -54,6 +54,7 @@ def port(number: int, **changes: Any) -> PortFacts:
     facts: dict[str, Any] = {
         "device": f"mlx5_{number}", "port": 1, "state": "ACTIVE", "link_layer": "InfiniBand", "rate_gbit_per_s": 400.0,
         "errors": {}, "pci_address": f"0000:{0x18 + number:02x}:00.0", "numa_node": number % 2,
+        "adapter": "MT4129",
     }  # fmt: skip
     return PortFacts(**{**facts, **changes})
 

@@ -242,6 +242,35 @@ def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():
     assert "n4: mlx5_3 port 1: port rate: 400 Gbit/s, expected 800 Gbit/s, node_minimums of the site file" in line
 
 
+@pytest.mark.parametrize(
+    ("adapter", "rate", "expected"),
+    [
+        ("MT4131", 400.0, "800 Gbit/s, the highest rate of a ConnectX-8"),
+        ("MT4129", 200.0, "400 Gbit/s, the highest rate of a ConnectX-7"),
+        ("MT4123", 100.0, "200 Gbit/s, the highest rate of a ConnectX-6"),
+        ("MT4119", 25.0, "100 Gbit/s, the highest rate of a ConnectX-5"),
+        ("MT4123", 200.0, ""),
+        ("", 10.0, ""),
+        ("MT9999", 10.0, ""),
+    ],
+)
+@pytest.mark.parametrize("interconnect", ["infiniband", "roce"])
+def test_rate_below_that_of_the_adapter_is_a_warning_on_equal_nodes(
+    interconnect: str, adapter: str, rate: float, expected: str
+):
+    layer = "Ethernet" if interconnect == "roce" else "InfiniBand"
+    ports = [port(number, adapter=adapter, rate_gbit_per_s=rate, link_layer=layer) for number in range(4)]
+    found = nodes(*[hardware(ports=ports)] * 4)
+    rows = hardware_rows(found, environment_job(interconnect=interconnect))
+    lines = warning_lines(rows)
+    assert len(lines) == bool(expected) and problem_lines(rows) == []
+    if expected:
+        assert f"port rate: {rate:g} Gbit/s, expected {expected}; let the admins check cable" in lines[0]
+        assert lines[0].endswith("set node_minimums.port_gbit_per_s of the site file to it")
+    own_rate = environment_job(interconnect=interconnect, minimums=NodeMinimums(port_gbit_per_s=rate))
+    assert bad(hardware_rows(found, own_rate)) == [], "the site file says that this rate is right"
+
+
 def test_ports_matter_only_for_rdma_between_nodes():
     down = hardware(ports=[port(0, state="DOWN")], limits=ProcessLimits(1_048_576, None, 65536), peer_memory=False)
     assert bad(hardware_rows(nodes(down), environment_job(interconnect="ethernet"))) == []

@@ -23,7 +23,9 @@ def test_ports_have_state_rate_errors_and_place(tmp_path: Path):
     add_port(tmp_path, "mlx5_0", address="0000:18:00.0", symbol_error=3, link_downed=1)
     add_port(tmp_path, "mlx5_1", state="1: DOWN", rate="10 Gb/sec (4X SDR)", address="0000:29:00.0")
     add_port(tmp_path, "mlx5_2", layer="Ethernet", rate="100 Gb/sec (4X EDR)", address="0000:3a:00.0")
+    write_tree(tmp_path / "class" / "infiniband" / "mlx5_0", {"hca_type": "MT4129\n"})
     good, down, ethernet = read_ports(tmp_path)
+    assert (good.adapter, down.adapter) == ("MT4129", "")
     assert (good.name, good.is_active, good.rate_gbit_per_s, good.pci_address, good.numa_node) == (
         "mlx5_0 port 1", True, 400.0, "0000:18:00.0", 0)  # fmt: skip
     assert good.errors == {"symbol_error": 3, "link_downed": 1} and down.errors == {}

@@ -32,6 +32,7 @@ class PortFacts:
 
     rate_gbit_per_s: current rate, None where the kernel does not state it
     errors:          counter -> count, of the counters that are not 0
+    adapter:         the adapter's model, such as MT4129; "" where the kernel does not state it
     """
 
     device: str
@@ -42,6 +43,7 @@ class PortFacts:
     errors: dict[str, int]
     pci_address: str
     numa_node: int | None
+    adapter: str = ""
     unavailable: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -81,6 +83,7 @@ def _port_facts(port: Path) -> PortFacts:
         errors=_errors(port / "counters"),
         pci_address=(device / "device").resolve().name,
         numa_node=int(numa_node) if numa_node.isdecimal() else None,  # -1: unknown
+        adapter=read_text(device / "hca_type"),
         unavailable={} if rate else {"rate_gbit_per_s": f"{port / 'rate'} cannot be read"},
     )
 

@@ -11,6 +11,20 @@ from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.network_interfaces import InterfaceFacts
 
 _CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
+_OTHER_RATE = (
+    f"{_CABLE}; if this card or its switch is built for a lower rate, set node_minimums.port_gbit_per_s "
+    "of the site file to it"
+)
+_ADAPTERS = {
+    "MT4115": ("ConnectX-4", 100.0),
+    "MT4119": ("ConnectX-5", 100.0),
+    "MT4121": ("ConnectX-5 Ex", 100.0),
+    "MT4123": ("ConnectX-6", 200.0),
+    "MT4129": ("ConnectX-7", 400.0),
+    "MT4131": ("ConnectX-8", 800.0),
+}
+"""hca_type, MT and the PCI device ID as in pci.ids but decimal -> name, and highest rate of a port in Gbit/s by the user manual
+(docs.nvidia.com/networking). Cards of a model may be slower, such as those of ConnectX-7 with two ports."""
 
 Port = PortFacts | InterfaceFacts
 Ports = Mapping[str, Sequence[Port]]
@@ -20,7 +34,7 @@ Ports = Mapping[str, Sequence[Port]]
 def port_rows(ports: Ports, min_rate: float | None) -> Iterator[CheckRow]:
     """Yield the rows of all ports that are in use: a port that is down on most nodes is not.
 
-    min_rate: Gbit/s, from the site file; None: the usual rate of the port
+    min_rate: Gbit/s, from the site file; None: the usual rate of the port, and the highest one of the adapter's model
     """
     usual = _usual_rates(ports)
     for node, found in ports.items():
@@ -60,6 +74,10 @@ def _rate_row(component: Component, port: Port, min_rate: float | None, usual: f
     if rate is None or expected is None:
         reason = port.unavailable.get("rate_gbit_per_s", "no port states a rate")
         return component.unknown("port rate", reason, "a rate")
+    name, highest = _ADAPTERS.get(port.adapter, ("", 0.0)) if isinstance(port, PortFacts) else ("", 0.0)
+    if not min_rate and expected <= rate < highest:
+        text = f"{highest:g} Gbit/s, the highest rate of a {name}"
+        return component.row("port rate", f"{rate:g} Gbit/s", text, "warn", _OTHER_RATE)
     origin = "node_minimums of the site file" if min_rate else "as on the other nodes"
     result: Result = "fail" if rate < expected else "ok"
     return component.row("port rate", f"{rate:g} Gbit/s", f"{expected:g} Gbit/s, {origin}", result, _CABLE)

@@ -45,7 +45,7 @@ class NodeMinimums(FrozenModel):
     port_gbit_per_s: PortRate | None = Field(
         default=None,
         description="Minimum rate of each active RDMA port, or interface of Slingshot, in Gbit/s, for example 400 for NDR; null: "
-        "that of the other nodes.",
+        "that of the other nodes, and a warning below the highest rate of the adapter's model.",
     )
     nvlinks: Annotated[int, Field(ge=0, le=36)] | None = Field(
         default=None,
