@@ -39,7 +39,7 @@ GROUPS = {
         "tests/faults/",
         *(
             f"tests/workflow/test_{name}.py"
-            for name in ("kills", "report", "reruns", "scale_test", "secrets", "verify")
+            for name in ("kills", "report", "reruns", "scale_test", "secrets", "served_export", "verify")
         ),
     ),
     "ZeRO checkpoints": ("tests/unit/checkpoint_io/test_zero_checkpoint.py", "tests/unit/export/"),

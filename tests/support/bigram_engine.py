@@ -1,7 +1,8 @@
 """A stand-in for vLLM with its completions API: log probabilities, streams and API key, of a model that is a table of bigrams.
 
 A site names it as the Python of the engine: `serving.python: [python, bigram_engine.py]`. The environment variable FAULT makes
-it wrong in one way: another_model, open, exposed, exchange, loss or no_json.
+it wrong in one way: another_model, open, exposed, exchange, loss or no_json. With the variable SERVE_EXPORT, it answers with the
+exported model instead of the table, as a real engine does.
 
 Over several nodes, the first part answers only after all others have connected to --master-addr and --master-port.
 """
@@ -15,8 +16,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,31 @@ def logits(seed: int = 1) -> np.ndarray:
 
 TABLE = logits(2 if FAULT == "another_model" else 1)
 LOG_PROBABILITIES = TABLE - np.log(np.exp(TABLE).sum(-1, keepdims=True))
+
+
+def rows_of_table(ids: list[int]) -> np.ndarray:
+    """Return the log probabilities [T, V] of the tokens after each of `ids`."""
+    return LOG_PROBABILITIES[[token % VOCABULARY for token in ids]]
+
+
+class Model:
+    """What the engine serves. rows: a function like rows_of_table"""
+
+    rows: Callable[[list[int]], np.ndarray] = staticmethod(rows_of_table)
+
+    @classmethod
+    def load(cls, folder: str) -> None:
+        """Serve the model of a Hugging Face folder."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+        @torch.no_grad()
+        def rows(ids: list[int]) -> np.ndarray:
+            return network(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+
+        cls.rows = staticmethod(rows)
 
 
 class Answers:
@@ -81,10 +107,11 @@ class Handler(BaseHTTPRequestHandler):
         answered = Answers.begin(prompt)
         self.send_response(200)
         self.end_headers()
-        last = answered[-1]
+        ids = list(answered)
         for place in range(count):
             is_last = place == count - 1
-            last, choice = _next(last)
+            token, choice = _next(ids)
+            ids.append(token)
             choice["finish_reason"] = "length" if is_last and FAULT != "loss" else None
             self._event({"choices": [choice]})
             threading.Event().wait(0.005)
@@ -106,9 +133,9 @@ class Listener(ThreadingHTTPServer):
 
 def _scored(number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]:
     """Return what vLLM returns with `echo`: nothing for the first token, then a score for each token and for the answer's."""
-    known = [token % VOCABULARY for token in ids]
-    scores = [None, *(float(LOG_PROBABILITIES[one, two]) for one, two in pairwise(known)), -1.0]
-    best = [None, *({"best": float(LOG_PROBABILITIES[one].max())} for one in known[:-1]), {"best": -1.0}]
+    rows = Model.rows(ids)[:-1]
+    scores = [None, *(float(row[token % len(row)]) for row, token in zip(rows, ids[1:], strict=True)), -1.0]
+    best = [None, *({"best": float(row.max())} for row in rows), {"best": -1.0}]
     return {
         "index": number,
         "text": "x" * body["max_tokens"],
@@ -116,8 +143,9 @@ def _scored(number: int, ids: list[int], body: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def _next(last: int) -> tuple[int, dict[str, Any]]:
-    row = LOG_PROBABILITIES[last]
+def _next(ids: list[int]) -> tuple[int, dict[str, Any]]:
+    """Return the token that follows, and the piece of the stream with it."""
+    row = Model.rows(ids)[-1]
     chosen = int(row.argmax())
     alternatives = {f"<{token}>": float(row[token]) for token in np.argsort(-row)[:5]}
     scores = {"tokens": [f"<{chosen}>"], "token_logprobs": [float(row[chosen])], "top_logprobs": [alternatives]}
@@ -152,6 +180,8 @@ def main() -> None:
         )
     if found.headless:
         threading.Event().wait()
+    if "SERVE_EXPORT" in os.environ:
+        Model.load(sys.argv[sys.argv.index("serve") + 1])
     host = "0.0.0.0" if FAULT == "exposed" else found.host
     Listener((host, int(found.port)), Handler).serve_forever()
 
