@@ -25,7 +25,7 @@ from bench.machine import describe_machine, write_result
 from bench.scale_records import measure_failed_rank, measure_records
 from bench.simulated_ranks import HEARTBEAT_TIMEOUT_S, RANKS_PER_NODE, connect, run_other_ranks, run_rank_0
 from longhaul.artifacts.atomic_files import file_sha256, write_json
-from longhaul.artifacts.compare_hashes import wrong_files
+from longhaul.artifacts.compare_hashes import FileHashes, wrong_files
 from longhaul.artifacts.paths import STAGE_KIND, JobId
 from longhaul.checks.environment import _judge
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement
@@ -40,7 +40,8 @@ from tests.support.small_configs import plan_of
 
 MEASURED_RANKS, CALCULATED_RANKS = (64, 512, 4096), 16_384
 CLIENT_PROCESSES = 4
-FILE_BYTES = 4096
+CHECKPOINT_BYTES = 64 * 2**20
+"""Bytes of all optimizer files, which the ranks divide among them. They are read from the page cache."""
 Measured = dict[str, float]
 """Name of a measurement, with its unit -> value."""
 AIMS = (
@@ -165,8 +166,8 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
     folder.mkdir()
     names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)]
     for rank, name in enumerate(names):
-        (folder / name).write_bytes(rank.to_bytes(4, "little") * (FILE_BYTES // 4))
-    entries = {name: {"bytes": FILE_BYTES, "sha256": file_sha256(folder / name)} for name in names}
+        (folder / name).write_bytes(rank.to_bytes(4, "little") * (CHECKPOINT_BYTES // ranks // 4))
+    entries = {name: {"bytes": CHECKPOINT_BYTES // ranks, "sha256": file_sha256(folder / name)} for name in names}
     rest = {"step": 1, "validation_loss": None, "has_reference_values": False, "world_size": ranks, "zero_stage": 1}
     began_s = time.perf_counter()
     write_json(folder / MANIFEST, {**rest, "files": entries, "offload_optimizer": "none", "parallel": {}})
@@ -176,8 +177,8 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
     listed = len(list(os.scandir(folder)))
     listed_s = time.perf_counter()
     part = dict(own_part(files, SimpleNamespace(rank=SimpleNamespace(rank=0, world_size=ranks))))  # type: ignore[arg-type]
-    if wrong := list(wrong_files(part)):
-        raise SystemExit(wrong[0])
+    part_s, all_s = _verify_s(part), _verify_s(files)
+    part_bytes = sum(path.stat().st_size for path in part)
     return {
         "checkpoint: files": listed,
         "checkpoint: bytes of the manifest": (folder / MANIFEST).stat().st_size,
@@ -185,8 +186,20 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
         "checkpoint: s to read the manifest": read_s - wrote_s,
         "checkpoint: s to list the folder": listed_s - read_s,
         "checkpoint: files that rank 0 verifies": len(part),
+        "checkpoint: s of rank 0 to verify its part": part_s,
+        "checkpoint: MB/s that rank 0 verifies of its part": part_bytes / 1e6 / part_s,
+        "checkpoint: s if one rank verified all files": all_s,
+        "checkpoint: MB/s if one rank verified all files": CHECKPOINT_BYTES / 1e6 / all_s,
         "checkpoint: bytes that rank 0 gathers of all ranks": len(pickle.dumps(entries)),
     }
+
+
+def _verify_s(files: FileHashes) -> float:
+    """Compare files with their hashes, and return the time that it takes."""
+    began_s = time.perf_counter()
+    if wrong := list(wrong_files(files)):
+        raise SystemExit(wrong[0])
+    return time.perf_counter() - began_s
 
 
 def _environment_check(folder: Path, ranks: int) -> Measured:
@@ -213,7 +226,10 @@ def _environment_check(folder: Path, ranks: int) -> Measured:
 
 
 def _pair_evidence(nodes: int) -> Measured:
-    """Judge the pairs of a complete tournament with one slow node, on all rails, once."""
+    """Judge the pairs of a complete tournament with one slow node, on all rails, once.
+
+    torch's gather_object fills the part of each rank up to the size of the largest one.
+    """
     healthy, budget_s = PairMeasurement(20.0, 30.0, True), 300.0
     pairs = [
         pair
@@ -231,7 +247,14 @@ def _pair_evidence(nodes: int) -> Measured:
     seconds = time.process_time() - began_s
     if [node["host"] for node in slow] != ["node0001"]:
         raise SystemExit(f"node0001 is slow, and {slow} was named")
-    return {"fabric check: pairs on all rails": len(measured), "fabric check: CPU s of rank 0 to judge them": seconds}
+    largest = {
+        pair: replace(found) for pair, found in measured.items() if pair[:2] == (0, 0)
+    }  # node 0 is the first of its pairs
+    return {
+        "fabric check: pairs on all rails": len(measured),
+        "fabric check: CPU s of rank 0 to judge them": seconds,
+        "fabric check: bytes that rank 0 gathers": len(pickle.dumps(largest)) * nodes * RANKS_PER_NODE,
+    }
 
 
 if __name__ == "__main__":

@@ -113,6 +113,7 @@ def test_simulated_ranks_have_the_files_and_tables_of_their_number(tmp_path: Pat
     assert ratio["checkpoint: files"] == 65 / 33 and ratio["checkpoint: files that rank 0 verifies"] == 1.0
     assert ratio["checkpoint: bytes of the manifest"] == pytest.approx(2.0, rel=0.05)
     assert ratio["environment check: bytes that each node gathers"] == 2.0
+    assert ratio["fabric check: bytes that rank 0 gathers"] > 2.5, "ranks times pairs of a rank"
     assert ratio["fabric check: pairs on all rails"] == (8 * 7) / (4 * 3)
     assert ratio["records: bytes of node_results.jsonl per check"] == pytest.approx(2.0, rel=0.01)
     assert 1.0 < ratio["records: bytes of attempts.jsonl per attempt"] < 2.0, "one host name more per node"
