@@ -23,7 +23,15 @@ from typing import Any
 
 from bench.machine import describe_machine, write_result
 from bench.scale_records import measure_failed_rank, measure_records
-from bench.simulated_ranks import HEARTBEAT_TIMEOUT_S, RANKS_PER_NODE, connect, run_other_ranks, run_rank_0
+from bench.simulated_ranks import (
+    HEARTBEAT_TIMEOUT_S,
+    MISSING_TIMEOUT_S,
+    RANKS_PER_NODE,
+    connect,
+    meet_without_last,
+    run_other_ranks,
+    run_rank_0,
+)
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.artifacts.compare_hashes import FileHashes, wrong_files
 from longhaul.artifacts.paths import STAGE_KIND, JobId
@@ -78,6 +86,7 @@ def measure(ranks: int) -> Measured:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         return {
+            **_missing_rank(ranks),
             **_connections(ranks),
             **_launch_files(folder / "launch", ranks),
             **_checkpoint(folder / "checkpoint", ranks),
@@ -88,11 +97,30 @@ def measure(ranks: int) -> Measured:
         }
 
 
-def _connections(ranks: int) -> Measured:
-    """Let rank 0 and the others meet, the last one later; then let all send heartbeats, and one stop."""
+def _missing_rank(ranks: int) -> Measured:
+    """Let all ranks but the last one come, until each of them names it."""
+    _choose_port()
+    parts = [[0], *(range(1 + part, ranks - 1, CLIENT_PROCESSES) for part in range(CLIENT_PROCESSES))]
+    with contextlib.ExitStack() as stack:
+        pipes = [stack.enter_context(_process(meet_without_last, ranks, part)) for part in parts]
+        found = [pipe.recv() for pipe in pipes]
+    if (named := sum(count for _, _, count in found)) != ranks - 1:
+        raise SystemExit(f"{named} of {ranks - 1} ranks named rank {ranks - 1}, which did not come")
+    began_s, ended_s = found[0][0], max(ended for _, ended, _ in found)
+    name = "rendezvous: s from the time-out until all name a missing rank"
+    return {name: ended_s - began_s - MISSING_TIMEOUT_S}
+
+
+def _choose_port() -> None:
+    """Let rank 0 serve its store at a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+
+
+def _connections(ranks: int) -> Measured:
+    """Let rank 0 and the others meet, the last one later; then let all send heartbeats, and one stop."""
+    _choose_port()
     last, stopped = ranks - 1, ranks // 2
     parts = [range(1 + part, last, CLIENT_PROCESSES) for part in range(CLIENT_PROCESSES)]
     with _process(run_rank_0, ranks) as rank_0, contextlib.ExitStack() as stack:
@@ -247,9 +275,8 @@ def _pair_evidence(nodes: int) -> Measured:
     seconds = time.process_time() - began_s
     if [node["host"] for node in slow] != ["node0001"]:
         raise SystemExit(f"node0001 is slow, and {slow} was named")
-    largest = {
-        pair: replace(found) for pair, found in measured.items() if pair[:2] == (0, 0)
-    }  # node 0 is the first of its pairs
+    # node 0 is the first one in each of its pairs; copies, because pickle writes an object once
+    largest = {pair: replace(found) for pair, found in measured.items() if pair[:2] == (0, 0)}
     return {
         "fabric check: pairs on all rails": len(measured),
         "fabric check: CPU s of rank 0 to judge them": seconds,

@@ -6,7 +6,7 @@ import os
 import resource
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,10 +15,12 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from longhaul.runtime.heartbeat import HeartbeatCounters, read_counts, send_heartbeat
 from longhaul.runtime.process_rank import Rank
-from longhaul.runtime.rendezvous import meet
+from longhaul.runtime.rendezvous import RendezvousError, meet
 
 RANKS_PER_NODE = 8
 MEET_TIMEOUT_S = 900.0
+MISSING_TIMEOUT_S = 90.0
+"""Time-out of the rendezvous to which one rank does not come: enough for the threads of all others to start."""
 HEARTBEAT_S, HEARTBEAT_TIMEOUT_S, MEASURED_S = 5.0, 20.0, 30.0
 """Interval and time-out of heartbeats, and how long rank 0's CPU time is measured."""
 
@@ -41,6 +43,25 @@ def run_rank_0(ranks: int, pipe: Connection) -> None:
     del store
 
 
+def meet_without_last(ranks: int, own: Sequence[int], pipe: Connection) -> None:
+    """Stand for the ranks `own` of a rendezvous to which the last rank does not come.
+
+    Send when it began, when the last of these ranks knew who is missing, and how many of them name exactly the last rank.
+    """
+    messages: list[str] = []
+
+    def join(rank: int) -> None:
+        try:
+            meet(_rank(rank, ranks), MISSING_TIMEOUT_S)
+        except RendezvousError as error:
+            messages.append(error.message)
+
+    began_s = time.time()
+    _in_threads(join, own)
+    expected = f"1 of {ranks} ranks did not arrive within {MISSING_TIMEOUT_S:g} s: {ranks - 1}"
+    pipe.send((began_s, time.time(), sum(message.startswith(expected) for message in messages)))
+
+
 def run_other_ranks(ranks: int, own: Sequence[int], pipe: Connection) -> None:
     """Stand for the ranks `own`: meet the others when told to, and then send heartbeats until the pipe says end."""
     pipe.recv()
@@ -49,15 +70,20 @@ def run_other_ranks(ranks: int, own: Sequence[int], pipe: Connection) -> None:
     def join(rank: int) -> None:
         stores[rank] = meet(_rank(rank, ranks), MEET_TIMEOUT_S)
 
-    threads = [threading.Thread(target=join, args=(rank,)) for rank in own]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    _in_threads(join, own)
     pipe.send(time.time())
     connections = {rank: connect() for rank in own}
     pipe.send(len(connections))
     _send_heartbeats(connections, pipe)
+
+
+def _in_threads(action: Callable[[int], None], ranks: Sequence[int]) -> None:
+    """Run `action` for each rank in a thread of its own, and wait for all."""
+    threads = [threading.Thread(target=action, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _send_heartbeats(connections: dict[int, TCPStore], pipe: Connection) -> None:
