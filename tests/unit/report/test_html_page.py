@@ -6,9 +6,11 @@ import html
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from longhaul.artifacts.job_state import Failure, StateName
 from longhaul.artifacts.paths import JobId
@@ -19,7 +21,7 @@ from longhaul.report.number_format import nats
 from longhaul.report.run_results import read_run
 from longhaul.report.run_status import INTERRUPTED, QUEUED, RUNNING, read_status
 from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
-from longhaul.report.status_text import summary_lines
+from longhaul.report.status_text import status_view, summary_lines
 from tests.support.finished_run_files import DATASET, write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder
 
@@ -118,13 +120,48 @@ def test_summary_of_the_terminal_and_of_the_report_agree(
     progress = stage.progress
     assert progress is not None and row["state"] == stage.job.state == state
     assert row["steps"] == f"{progress.step:,} of 100" and progress.step == 40 + more_steps
-    assert (row["first_loss"], row["last_loss"]) == (progress.first_loss, pytest.approx(progress.loss))
-    assert (row["first_validation"], row["last_validation"]) == (5.5, 4.5)
     assert (progress.first_validation_loss, progress.validation_loss) == (5.5, 4.5)
+    losses = f"{nats(progress.first_loss)} → {nats(progress.loss)} 5.500 → 4.500"
+    assert losses in text_of(render_page(results))
     line, cost = summary_lines(results.status)[1:3]
-    assert f"loss {nats(progress.first_loss)} → {nats(results.stages[0].summary.last_loss)}" in line
+    assert f"loss {nats(progress.first_loss)} → {nats(progress.loss)}, validation loss 5.500 → 4.500" in line
     hours = {"running": "8.03", "failed": "16.1", "done": "16.1"}[state]
     assert f"GPU-hours: {hours} of" in cost and f"It used {hours} GPU-hours" in text_of(render_page(results))
+
+
+def test_speeds_of_status_and_report_name_their_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 steps at 1,000 tokens/s and an MFU of 40 %, then 60 steps at half of both: the GPUs have become slow."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path)
+    weights = run.train(100)
+    with weights.metrics.open("a") as stream:
+        for step in range(101, 161):
+            slow = {"step_time_s": 4.0, "data_wait_s": 1.0, "tokens_per_s": 500.0, "mfu": 0.2}
+            stream.write(json.dumps({"step": step, "loss": 3.0, **slow}) + "\n")
+    recent = "500 tokens/s and MFU 20 %"
+    stream = StringIO()
+    Console(file=stream, width=1000).print(status_view(run.status()))
+    assert f"{recent} in the last 50 steps" in stream.getvalue()
+    page = text_of(render_page(read_run(run.paths.folder)))
+    assert f"speed in the last 50 steps {recent}" in page
+    assert "tokens/s without padding, waiting included, median of all steps 1,000 " in page
+    assert "model FLOPs utilisation, median of all steps 40 %" in page and "MFU 40 % –" in page
+
+
+def test_a_loss_that_is_not_finite_is_the_same_in_status_and_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last validation is not finite, and neither are the losses of all the last steps that status reads."""
+    monkeypatch.setattr(html_page, "get_plotlyjs", lambda: "")
+    run = RunFolder(tmp_path)
+    with run.train(40).metrics.open("a") as stream:
+        for step in range(41, 100):
+            stream.write(json.dumps({"step": step, "loss": None}) + "\n")
+        stream.write(json.dumps({"step": 99, "validation_loss": None}) + "\n")
+    results = read_run(run.paths.folder)
+    line = summary_lines(results.status)[1]
+    assert line.endswith("loss –, validation loss –")
+    assert "4.990 → – 5.500 → –" in text_of(render_page(results))
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_curves_hold_the_values_of_each_step(tmp_path: Path) -> None:
     assert (found.steps, found.broken_lines) == (2, 3)
 
 
-def test_summary_states_means_medians_and_extremes(tmp_path: Path) -> None:
+def test_summary_states_medians_and_extremes(tmp_path: Path) -> None:
     rows: list[dict[str, object]] = [{"step": 0, "validation_loss": 9.0}]
     for step in range(1, 13):
         rows.append(
@@ -45,9 +45,6 @@ def test_summary_states_means_medians_and_extremes(tmp_path: Path) -> None:
         )
     rows += [{"step": 6, "validation_loss": 2.0}, {"step": 12, "validation_loss": 2.5}]
     assert summarise(metrics_of(tmp_path, rows)) == Summary(
-        last_loss=7.5,  # mean of steps 3 to 12
-        first_validation=9.0,
-        last_validation=2.5,
         best_validation=2.0,
         best_validation_step=6,
         median_tokens_per_s=650.0,
@@ -61,10 +58,6 @@ def test_summary_states_means_medians_and_extremes(tmp_path: Path) -> None:
 
 def test_summary_of_no_metrics_is_empty(tmp_path: Path) -> None:
     assert set(vars(summarise(metrics_of(tmp_path, []))).values()) == {None}
-
-
-def test_first_validation_is_that_before_the_first_step(tmp_path: Path) -> None:
-    assert summarise(metrics_of(tmp_path, [{"step": 1, "validation_loss": 9.0}])).first_validation is None
 
 
 def test_short_curves_stay_as_they_are() -> None:

@@ -68,7 +68,7 @@ def test_status_fits_80_columns_and_has_every_value() -> None:
     for expected in (
         "Run r on site here: running (0 of 1 jobs done, main process: process 5 on login1)",
         "loss 8.370 → 5.018",
-        "MFU 41 %",
+        "6,170 tokens/s and MFU 41 % in the last 50 steps",
         "last save at step 80",
         "2 attempts",
         "about 37 GPU-hours in all",

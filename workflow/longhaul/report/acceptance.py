@@ -150,7 +150,7 @@ def _how_to_profile(stage: StageResults) -> str:
 def _mfu_row(stage: StageResults) -> AcceptanceRow:
     """Return the MFU beside the compute efficiency. What is healthy depends on model, layout and GPU."""
     value = stage.summary.median_mfu
-    definition = "model FLOPs utilisation, median over the steps: the model's FLOPs by the datasheet's rate of the GPUs"
+    definition = "model FLOPs utilisation, median over all steps: the model's FLOPs by the datasheet's rate of the GPUs"
     to_measure = "" if value is not None else "train on GPUs; set gpu_peak_tflops in the site file"
     result = NOT_MEASURED if value is None else NO_LIMIT
     return AcceptanceRow(stage.name, "MFU", definition, percent(value), percent(None), result, to_measure)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -27,7 +28,8 @@ from longhaul.report.run_results import RunResults, StageResults, read_run
 from longhaul.report.run_status import StageStatus
 from longhaul.report.serve_check_table import serve_check_rows
 from longhaul.report.slurm_queue_types import AskQueue
-from longhaul.report.status_text import sum_of_estimates
+from longhaul.report.stage_records import RECENT_STEPS
+from longhaul.report.status_text import recent_speed, sum_of_estimates
 
 TEMPLATES = data_root() / "templates" / "report"
 
@@ -101,21 +103,34 @@ def _sum_known(values: Iterable[float | None]) -> float | None:
 
 def _summary_row(stage: StageResults, results: RunResults) -> dict[str, object]:
     """Return whether a stage trained, what it cost, and where its model is."""
-    summary = stage.summary
     status = _status_of(stage, results)
     return {
         "name": stage.name,
         "state": status.job.state,
         "steps": f"{stage.trained_steps:,} of {text.exact(stage.planned_steps)}",
-        "first_loss": status.progress.first_loss if status.progress else None,
-        "last_loss": summary.last_loss,
-        "first_validation": summary.first_validation,
-        "last_validation": summary.last_validation,
+        "losses": _losses(status),
         "level": status.learning.level if status.learning else None,
         "learned": status.learning.learned if status.learning else None,
         "goodput": stage.goodput.goodput if stage.goodput else None,
         "model": status.exported_to,
     }
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """First and last losses of a stage, as `longhaul status` shows them; None where they are not known."""
+
+    first: float | None = None
+    last: float | None = None
+    first_validation: float | None = None
+    last_validation: float | None = None
+
+
+def _losses(status: StageStatus) -> _Losses:
+    progress = status.progress
+    if progress is None:
+        return _Losses()
+    return _Losses(progress.first_loss, progress.loss, progress.first_validation_loss, progress.validation_loss)
 
 
 def _status_of(stage: StageResults, results: RunResults) -> StageStatus:
@@ -124,17 +139,18 @@ def _status_of(stage: StageResults, results: RunResults) -> StageStatus:
 
 def _stage_rows(stage: StageResults, status: StageStatus) -> dict[str, object]:
     """Return {"name", "numbers": {title: text}, "figures"} of a stage."""
-    summary = stage.summary
+    summary, losses = stage.summary, _losses(status)
     numbers = {
         "steps": f"{stage.trained_steps:,} of {text.exact(stage.planned_steps)}",
         "epochs": ", ".join(f"{dataset} {epochs:.2f}" for dataset, epochs in stage.epochs.items()) or text.MISSING,
-        "last training loss": text.nats(summary.last_loss),
-        "validation loss, start → end": f"{text.nats(summary.first_validation)} → {text.nats(summary.last_validation)}",
+        "last training loss": text.nats(losses.last),
+        "validation loss, start → end": f"{text.nats(losses.first_validation)} → {text.nats(losses.last_validation)}",
         "best validation loss": f"{text.nats(summary.best_validation)} at step {text.count(summary.best_validation_step)}",
         "unigram entropy of the data": text.nats(stage.unigram_entropy_nats),
-        "tokens/s without padding, waiting included, median": text.count(summary.median_tokens_per_s),
-        "step time, median": text.duration(summary.median_step_time_s),
-        "model FLOPs utilisation, median": text.percent(summary.median_mfu),
+        "tokens/s without padding, waiting included, median of all steps": text.count(summary.median_tokens_per_s),
+        "step time, median of all steps": text.duration(summary.median_step_time_s),
+        "model FLOPs utilisation, median of all steps": text.percent(summary.median_mfu),
+        f"speed in the last {RECENT_STEPS} steps": recent_speed(status.progress),
         "time spent waiting for data": text.percent(summary.data_wait_share),
         "padding in the packs": text.percent(stage.padding_share),
         "loss tokens cut from long conversations": text.percent(stage.cut_loss_share),
@@ -150,7 +166,11 @@ def _stage_rows(stage: StageResults, status: StageStatus) -> dict[str, object]:
         "last start, from rank 0's process to its first step": _start_up(stage.start_up),
         "hosts": ", ".join(stage.hosts),
     }
-    stage_figures = [figure(stage) for figure in (figures.loss_figure, figures.speed_figure, figures.schedule_figure)]
+    stage_figures = [
+        figures.loss_figure(stage, losses.first_validation),
+        figures.speed_figure(stage),
+        figures.schedule_figure(stage),
+    ]
     if stage.goodput and stage.goodput.total:
         numbers["goodput"] = text.percent(stage.goodput.goodput)
         stage_figures.append(figures.goodput_figure(stage.goodput))

@@ -104,11 +104,10 @@ def _extremes(points: Sequence[tuple[float, Any]]) -> list[tuple[float, Any]]:
 
 @dataclass(frozen=True)
 class Summary:
-    """A stage in numbers; None where the metrics do not contain the value. Times are in seconds, shares are fractions of 1."""
+    """A stage in numbers, over all its steps; None where the metrics do not contain the value. Times are in seconds, shares are
+    fractions of 1. First and last losses are in Progress of run_status.py, for status and report alike.
+    """
 
-    last_loss: float | None  # mean of the last steps
-    first_validation: float | None  # before the first step
-    last_validation: float | None
     best_validation: float | None
     best_validation_step: int | None
     median_tokens_per_s: float | None
@@ -126,9 +125,6 @@ def summarise(metrics: MetricSeries) -> Summary:
     step_times, waits = metrics.curves["step_time_s"].values, metrics.curves["data_wait_s"].values
     busy_s = sum(step_times) + sum(waits)
     return Summary(
-        last_loss=mean_of_last(metrics.curves["loss"].values),
-        first_validation=validation[0][1] if validation and validation[0][0] == 0 else None,
-        last_validation=validation[-1][1] if validation else None,
         best_validation=best[1] if best else None,
         best_validation_step=int(best[0]) if best else None,
         median_tokens_per_s=_median(metrics.curves["tokens_per_s"].values),

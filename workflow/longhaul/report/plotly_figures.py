@@ -26,14 +26,14 @@ _LAYOUT: dict[str, Any] = {
 }
 
 
-def loss_figure(stage: StageResults) -> go.Figure:
+def loss_figure(stage: StageResults, first_validation_loss: float | None) -> go.Figure:
     """Return training and validation loss over steps, and a level that the loss should fall below."""
     figure = _figure(f"{stage.name}: loss, nats per token", "step")
     _add_line(figure, stage.metrics.curves["loss"], "training", COLOURS[0], width=1)
     _add_line(figure, stage.metrics.validation, "validation", COLOURS[1], mode="lines+markers")
     level, name = stage.unigram_entropy_nats, "unigram entropy of the data"
     if stage.kind == "sft":
-        level, name = stage.summary.first_validation, "validation before this stage"
+        level, name = first_validation_loss, "validation before this stage"
     if level:
         ends = stage.metrics.curves["loss"].x[:: max(1, stage.metrics.steps - 1)]
         _add_line(figure, Curve(ends, [level] * len(ends)), name, "#777777", dash="dash")

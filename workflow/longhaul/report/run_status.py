@@ -67,14 +67,16 @@ _OTHER_RELEASE = (
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a stage's training. None: the metrics do not hold the value yet. Losses are in nats per token."""
+    """Progress of a stage's training, for status and report. None: the metrics do not hold the value yet. Losses are in nats per
+    token. "The last steps" are RECENT_STEPS of stage_records.py.
+    """
 
     step: int
     first_loss: float | None  # of the first step
-    loss: float | None  # mean of the last 10 steps, as in the report
+    loss: float | None  # mean of the last 10 steps
     validation_loss: float | None  # the last one
     first_validation_loss: float | None  # before the first step
-    tokens_per_s: float | None
+    tokens_per_s: float | None  # median of the last steps, as mfu; the report has the medians of all steps, too
     mfu: float | None
     seconds_left: float | None  # at the speed of the last steps; None once the stage has ended
     last_saved_step: int | None

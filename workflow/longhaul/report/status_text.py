@@ -24,10 +24,12 @@ from longhaul.report.run_status import (
     STARTS_AGAIN,
     UNKNOWN,
     JobStatus,
+    Progress,
     RunStatus,
     ServerStatus,
     StageStatus,
 )
+from longhaul.report.stage_records import RECENT_STEPS
 
 _STYLES = {
     DONE: "green",
@@ -166,12 +168,20 @@ def _stage_details(stage: StageStatus) -> list[Text]:
     details = [
         f"loss {_change(progress.first_loss, progress.loss)}",
         f"validation loss {_change(progress.first_validation_loss, progress.validation_loss)}",
-        *([f"MFU {text.percent(progress.mfu)}"] if progress.mfu is not None else []),
+        *([f"{recent_speed(progress)} in the last {RECENT_STEPS} steps"] if progress.tokens_per_s is not None else []),
         *([f"about {text.significant(expected)} GPU-hours in all"] if expected is not None else []),
         f"last save {_last_save(progress.last_saved_step, progress.last_saved_s)}",
         f"{progress.attempts} {'attempt' if progress.attempts == 1 else 'attempts'}",
     ]
     return [_line(f"{stage.name}: {', '.join(details)}")]
+
+
+def recent_speed(progress: Progress | None) -> str:
+    """Return tokens/s and MFU of the last steps for status and report, which has the medians of all steps beside them."""
+    if progress is None or progress.tokens_per_s is None:
+        return text.MISSING
+    mfu = f" and MFU {text.percent(progress.mfu)}" if progress.mfu is not None else ""
+    return f"{text.count(progress.tokens_per_s)} tokens/s{mfu}"
 
 
 def _change(first: float | None, last: float | None) -> str:
