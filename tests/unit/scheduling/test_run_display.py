@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import pty
+import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -21,6 +26,7 @@ from longhaul.scheduling.dry_run_lines import jobs_to_run
 from longhaul.scheduling.retry_policy import SnakemakeJob
 from longhaul.scheduling.run_display import JobEvents, RunDisplay
 from tests.support.run_folder import TRAIN, RunFolder
+from tests.support.wait import wait_for
 
 
 def record(
@@ -328,3 +334,78 @@ def test_slurm_is_asked_once_about_a_job_that_stays_interrupted(
         status = display._status()
         assert status is not None and status.stages[0].job.state == INTERRUPTED
     assert calls == 2
+
+
+def training_run(tmp_path: Path) -> RunFolder:
+    """Return a run without Slurm whose stage trains under this process."""
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    run.state(TRAIN, "running", job_id=None)
+    return run
+
+
+class Screen:
+    """Reads all that is written to a terminal or a pipe, so that the writer never waits for a reader."""
+
+    def __init__(self, read_from: int) -> None:
+        self.shown = ""
+        self._file = read_from
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        with suppress(OSError):  # Linux: the other side of a terminal is closed
+            while piece := os.read(self._file, 4096):
+                self.shown += piece.decode(errors="replace")
+
+    def close(self) -> None:
+        """Wait until the writer has closed its side."""
+        self._thread.join()
+        os.close(self._file)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_is_shown_again_and_again_while_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    """A log gets a line for each job, a terminal a table with bars that is drawn anew."""
+    run = training_run(tmp_path)
+    weights = run.train(40)
+    monkeypatch.setattr(run_display, "_LOG_EVERY_S", 0.01)
+    monkeypatch.setattr(run_display, "_TERMINAL_EVERY_S", 0.01)
+    monkeypatch.setattr(run_display, "_SHARE_OF_A_CORE", 1.0)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    ours, theirs = pty.openpty() if is_terminal else os.pipe()
+    screen = Screen(ours)
+    with os.fdopen(theirs, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        display = RunDisplay(run.paths, 2)
+        display.start()
+        wait_for(lambda: ("40/100" if is_terminal else "step 40 of 100") in screen.shown, 60)
+        with weights.metrics.open("a") as metrics:
+            metrics.write(json.dumps({"step": 77, "loss": 3.0, "step_time_s": 2.0}) + "\n")
+        wait_for(lambda: ("77/100" if is_terminal else "step 77 of 100") in screen.shown, 60)
+        display.close()
+        display._thread.join()
+    screen.close()
+    assert ("\u2501" in screen.shown) == is_terminal, "the bar"
+    assert ("train-base running, on n1, n2: step 77 of 100, loss " in screen.shown) == (not is_terminal)
+    assert display._live is None
+
+
+def test_status_that_takes_long_to_read_is_read_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading takes 1 s of a core, so the next one is 200 s later; after a quick one it is again the usual minute."""
+    waits: list[float] = []
+    seconds = iter([0.0, 0.1, 5.0, 6.0, 7.0, 7.1])  # before and after each of three readings
+    display = RunDisplay(RunPaths("r", tmp_path), 2)
+
+    def wait(wait_s: float) -> None:
+        waits.append(wait_s)
+        if len(waits) == 4:
+            display._stop.set()
+
+    monkeypatch.setattr(display._changed, "wait", wait)
+    monkeypatch.setattr(run_display.time, "thread_time", lambda: next(seconds))
+    display._refresh()
+    assert waits == pytest.approx([60.0, 60.0, 200.0, 60.0])

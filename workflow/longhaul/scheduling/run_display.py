@@ -169,7 +169,7 @@ class RunDisplay:
         self._console.print(f"{time.strftime('%H:%M:%S')}  {printable(line)}", markup=False)
 
     def _refresh(self) -> None:
-        wait_s = _TERMINAL_EVERY_S if self._live else _LOG_EVERY_S
+        wait_s = usual_s = _TERMINAL_EVERY_S if self._live else _LOG_EVERY_S
         while True:
             self._changed.wait(wait_s)
             self._changed.clear()
@@ -178,7 +178,7 @@ class RunDisplay:
             begun_s = time.thread_time()
             if status := self._status():
                 self._show(status)
-            wait_s = max(wait_s, (time.thread_time() - begun_s) / _SHARE_OF_A_CORE)
+            wait_s = max(usual_s, (time.thread_time() - begun_s) / _SHARE_OF_A_CORE)
 
     def _status(self) -> RunStatus | None:
         try:
