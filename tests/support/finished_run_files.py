@@ -12,6 +12,7 @@ from longhaul.artifacts.artifact_schemas import (
     DataManifest,
     EnvironmentReport,
     Export,
+    Lock,
     Split,
     TokenizerManifest,
 )
@@ -23,6 +24,7 @@ from longhaul.artifacts.nccl_tests_report import NcclTestsResult, NcclTestsTimin
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.serve_check_result import ServeCheckResult
+from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock, dataset_request
 
 HUB_DATA = "org/quiz@5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
 STAGE, DATASET, STEP = "base", "prose", 2
@@ -75,6 +77,11 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     measured = {"step_time_s": 0.5, "step_time_spread": 0.04, "tokens_per_s_per_rank": 100.0, "efficiency": 0.9}
     gpu = {"gpu_utilisation": 0.8, "gpu_memory_share": 0.5, "hosts": ["n1"], "limits": {"min_efficiency": 0.8}}
     ScaleTestReport([], STAGE, 2, 1, 20, **measured, smallest_nodes=1, **gpu).write(paths.scale_test(2))  # type: ignore[arg-type]
+    streamed = paths.fetched / "streamed-0123.jsonl"
+    write_text(streamed, "{}\n")
+    Lock({"streamed": {"path": str(streamed.parent), "files": [str(streamed)], "sha256": file_sha256(streamed)}}).write(
+        paths.lock
+    )
     tokenizer = paths.tokenizers / "t"
     write_text(tokenizer / "tokenizer.json", "{}")
     files = {"tokenizer.json": file_sha256(tokenizer / "tokenizer.json")}
@@ -127,7 +134,9 @@ def _write_stage(paths: RunPaths) -> None:
     write_json(weights.skipped_batches, [3])
     write_json(weights.identity, {"spec": {}, "start": None, "steps": STEP})
     totals = {"documents": 1, "packs": 1, "sequence_length": 4, "tokens": 3, "cut_documents": 0, "padding_share": 0.25}
-    write_json(weights.samples / "pack-d-train-4-0.json", totals)
+    packs = weights.samples / "pack-d-train-4-0.bin"
+    write_text(packs, "packs")
+    write_json(packs.with_suffix(".json"), {**totals, "sha256": file_sha256(packs)})
 
 
 def _profile() -> StepProfile:
@@ -186,6 +195,13 @@ def _write_evaluations(paths: RunPaths) -> None:
             STAGE, model, "quiz", "folder", None, [score], {"chat_template_hash": template}, [HUB_DATA]
         )
         result.write(paths.evaluation(STAGE, model, "quiz"))
+    lock = paths.task_data(STAGE, "quiz")
+    data = lock.with_suffix("") / "0123" / "data.arrow"
+    write_text(data, "questions")
+    repository, _, commit = HUB_DATA.partition("@")
+    request = dataset_request(repository, None, {})
+    files = {data.name: file_sha256(data)}
+    TaskDataLock([PinnedDataset(request=request, revision=commit, path=str(data.parent), files=files)]).write(lock)
 
 
 def _write_serve_check(paths: RunPaths) -> None:

@@ -245,7 +245,9 @@ def report(
 
 @app.command()
 def verify(config: ConfigArgument) -> None:
-    """Read every file of a run's tokenizer, data, checkpoints and exports, and name those that are damaged.
+    """Read every file of a run's tokenizer, data, packs, checkpoints and exports, and name those that are damaged.
+
+    Also reads rows that fetch streamed from the Hub, and the data of evaluation tasks.
 
     Exit code 1: a file is damaged.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.checks.verify_stored_files import FolderIntegrity, verify_stored_files
 from tests.support.finished_run_files import DATASET, STAGE, STEP, write_finished_run
@@ -30,6 +31,7 @@ def verify(run: RunPaths) -> list[FolderIntegrity]:
         paths=run,
         config=SimpleNamespace(datasets={DATASET: SimpleNamespace(mixture={})}),
         stages=[SimpleNamespace(name=STAGE)],
+        lock=Lock.read(run.lock),
         weights_root=lambda stage: run.stage(stage).path / "weights",
     )
     return verify_stored_files(plan)
@@ -39,9 +41,12 @@ def test_every_part_of_an_untouched_run_is_intact(run: RunPaths):
     found = verify(run)
     assert [(row.name, row.files, row.damage) for row in found] == [
         ("tokenizer", 1, ""),
+        ("streamed", 1, ""),
         (DATASET, 1, ""),
         (STAGE, 2, ""),  # checkpoint.json: a manifest and the model's config
         (STAGE, 1, ""),  # the checkpoint
+        (STAGE, 1, ""),  # the packs
+        (STAGE, 1, ""),  # the data of an evaluation task
         (STAGE, 1, ""),  # the export
     ]
 
@@ -51,6 +56,9 @@ FILES: dict[str, Callable[[RunPaths], Path]] = {
     "model config": lambda run: weights_of(run).model_config,
     "shard": lambda run: run.shards(DATASET) / "a" / "0.bin",
     "weights": lambda run: weights_of(run).checkpoint(STEP) / "mp_rank_00_model_states.pt",
+    "packs": lambda run: weights_of(run).samples / "pack-d-train-4-0.bin",
+    "task data": lambda run: run.task_data(STAGE, "quiz").with_suffix("") / "0123" / "data.arrow",
+    "streamed rows": lambda run: run.fetched / "streamed-0123.jsonl",
     "export": lambda run: run.export(STAGE) / "config.json",
 }
 
@@ -91,6 +99,8 @@ ARTIFACTS: dict[str, Callable[[RunPaths], Path]] = {
     "data manifest": lambda run: run.manifest(DATASET),
     "checkpoint.json": lambda run: run.stage(STAGE).checkpoint,
     "manifest.json": lambda run: weights_of(run).checkpoint(STEP) / "manifest.json",
+    "record of packs": lambda run: weights_of(run).samples / "pack-d-train-4-0.json",
+    "lock of task data": lambda run: run.task_data(STAGE, "quiz"),
     "export manifest": lambda run: run.export_manifest(STAGE),
 }
 

@@ -187,6 +187,7 @@ class LockedSource(TypedDict):
     path: NotRequired[str]
     revision: NotRequired[str]
     files: NotRequired[list[str]]
+    sha256: NotRequired[Sha256]
 
 
 def _require_training_split(splits: dict[str, Split]) -> dict[str, Split]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NotRequired
 
 from longhaul.artifacts.artifact_schemas import Count, KeptConversations
-from longhaul.artifacts.typed_json import Sha256
+from longhaul.artifacts.typed_json import Sha256, read_typed_json
 
 
 class PackTotals(KeptConversations):
@@ -15,6 +16,21 @@ class PackTotals(KeptConversations):
     packs: Count
     padding_share: float
     sha256: NotRequired[Sha256]
+
+
+def recorded_packs(folder: Path) -> dict[Path, Sha256]:
+    """Return the pack files of a folder with their recorded hashes; older releases recorded none.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    records = {path: read_typed_json(path, PackTotals, delete_packs_hint(path)) for path in folder.glob("pack-*.json")}
+    return {path.with_suffix(".bin"): totals["sha256"] for path, totals in records.items() if "sha256" in totals}
+
+
+def delete_packs_hint(path: Path) -> str:
+    """Return the remedy for a damaged pack file or its record."""
+    return f"delete {path.with_suffix('.json')} and {path}; both are written again"
 
 
 def padding_share(tokens: int, positions: int) -> float:

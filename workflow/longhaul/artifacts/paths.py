@@ -466,6 +466,10 @@ class RunPaths:
         """The lock of the data that an evaluation task loads from the Hub. The data are in the folder of its name beside it."""
         return self.folder / "task_data" / stage / f"{task}.json"
 
+    def task_data_locks(self, stage: str) -> list[Path]:
+        """Return those of all tasks of a stage that exist."""
+        return sorted((self.folder / "task_data" / stage).glob("*.json"))
+
     def task_data_log(self, stage: str, task: str) -> Path:
         """What fetch prints about the data of an evaluation task. In a folder per stage: both names may have hyphens."""
         return self.logs / "fetch_task_data" / stage / f"{task}.log"

@@ -1,9 +1,8 @@
-"""Verb `longhaul verify`: reads every file of tokenizer, datasets, checkpoints and exports, compares hashes, prints the damaged
-ones.
-"""
+"""Verb `longhaul verify`: reads every file of a run whose hash is recorded, and prints the damaged ones."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, TokenizerManifest
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, Export, LockedSource, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.compare_hashes import dataset_files
+from longhaul.artifacts.pack_totals import recorded_packs
 from longhaul.artifacts.paths import WeightsFolder
+from longhaul.artifacts.task_data_lock import TaskDataLock
 from longhaul.errors import UserError, printable
 from longhaul.planning import Plan
 from longhaul.train.checkpoint.checkpoint_folders import (
@@ -42,23 +43,35 @@ class FolderIntegrity:
 
 
 def verify_stored_files(plan: Plan) -> list[FolderIntegrity]:
-    """Return one result for the tokenizer, per dataset, per checkpoint in every weights folder of every stage, and per export.
+    """Return one result for the tokenizer, per streamed dataset, per dataset, and per export.
 
+    Of each stage: one per checkpoint in every weights folder, per folder of packs, and per evaluation task with data of the Hub.
     An artifact that cannot be read counts as damage of what it describes.
     """
     paths = plan.paths
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         results = list(_if_there("tokenizer", paths.tokenizer, lambda path: _verify_tokenizer(path, pool)))
+        for name, source in (plan.lock.sources if plan.lock else {}).items():
+            if "sha256" in source:
+                results.append(_verify_streamed(name, source, pool))
         for name, dataset in plan.config.datasets.items():
             if not dataset.mixture:  # a mixture has no shards of its own
                 results += _if_there(name, paths.manifest(name), lambda path: _verify_dataset(path, pool))
         for stage in plan.stages:
-            name = stage.name
-            results += _if_there(name, paths.stage(name).checkpoint, lambda path: _verify_stage(path, pool))
-            for folder in _checkpoints(plan.weights_root(name)):
-                results.append(_verify_checkpoint(name, folder, pool))
-            results += _if_there(name, paths.export_manifest(name), lambda path: _verify_export(path, pool))
+            results += _results_of_stage(plan, stage.name, pool)
     return results
+
+
+def _results_of_stage(plan: Plan, name: str, pool: ThreadPoolExecutor) -> Iterator[FolderIntegrity]:
+    paths = plan.paths
+    yield from _if_there(name, paths.stage(name).checkpoint, lambda path: _verify_stage(path, pool))
+    for folder in _checkpoints(plan.weights_root(name)):
+        yield _verify_checkpoint(name, folder, pool)
+    for weights in sorted(plan.weights_root(name).glob("*")):
+        yield from _if_there(name, WeightsFolder(weights).samples, lambda path: _verify_packs(name, path, pool))
+    for lock in paths.task_data_locks(name):
+        yield from _if_there(name, lock, lambda path: _verify_task_data(name, path, pool))
+    yield from _if_there(name, paths.export_manifest(name), lambda path: _verify_export(path, pool))
 
 
 def _if_there(name: str, path: Path, verify: Callable[[Path], FolderIntegrity]) -> Iterator[FolderIntegrity]:
@@ -106,6 +119,28 @@ def _verify_stage(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
     checkpoint = Checkpoint.read(path)
     manifests = {f"{entry['path']}/{MANIFEST}": entry["sha256"] for entry in checkpoint.checkpoints.values()}
     return _verify_files(checkpoint.stage, Path(checkpoint.weights), manifests | checkpoint.configs, pool)
+
+
+def _verify_streamed(name: str, source: LockedSource, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    """Verify the one file of rows that fetch streamed from the Hub."""
+    files = {Path(file).name: source.get("sha256", "") for file in source.get("files", [])}
+    return _verify_files(name, Path(source.get("path", "")), files, pool)
+
+
+def _verify_packs(stage: str, folder: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    files = {path.name: sha256 for path, sha256 in sorted(recorded_packs(folder).items())}
+    return _verify_files(stage, folder, files, pool)
+
+
+def _verify_task_data(stage: str, path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:
+    """Verify the datasets of an evaluation task."""
+    folder = path.with_suffix("")
+    files = {
+        os.path.relpath(Path(data["path"], file), folder): sha256
+        for data in TaskDataLock.read(path).datasets
+        for file, sha256 in data["files"].items()
+    }
+    return _verify_files(stage, folder, files, pool)
 
 
 def _verify_export(path: Path, pool: ThreadPoolExecutor) -> FolderIntegrity:

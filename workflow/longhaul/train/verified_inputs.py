@@ -13,10 +13,8 @@ from pathlib import Path
 from longhaul.artifacts.artifact_schemas import DataManifest
 from longhaul.artifacts.atomic_files import file_sha256, write_text
 from longhaul.artifacts.compare_hashes import FileHashes, damaged_data, dataset_files, wrong_files
-from longhaul.artifacts.pack_totals import PackTotals
+from longhaul.artifacts.pack_totals import delete_packs_hint, recorded_packs
 from longhaul.artifacts.paths import WeightsFolder
-from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.data.sampling.sample_sources import delete_packs_hint
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest
@@ -51,9 +49,7 @@ def verify_packs(folder: Path, context: DistributedContext) -> None:
     Raises:
         UserError: on all ranks, with the first file that is missing or was altered.
     """
-    records = {path: read_typed_json(path, PackTotals, delete_packs_hint(path)) for path in folder.glob("pack-*.json")}
-    files = {path.with_suffix(".bin"): totals["sha256"] for path, totals in records.items() if "sha256" in totals}
-    if problem := _first_problem(files, context):
+    if problem := _first_problem(recorded_packs(folder), context):
         raise UserError(problem, delete_packs_hint(Path(problem.split(" ", 1)[0])))
 
 

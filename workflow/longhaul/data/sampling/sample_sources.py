@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from longhaul.artifacts.atomic_files import file_sha256, write_json
-from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, padding_share
+from longhaul.artifacts.pack_totals import PackTotals, cut_loss_share, delete_packs_hint, padding_share
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.stage_config import Truncate
 from longhaul.data.sampling.kept_conversations import count_conversations, kept_tokens, left_out_lines
@@ -121,11 +121,6 @@ class PackSource:
         sample.labels[start : stop - 1] = np.where(mask[1:] == 1, tokens[1:].astype(np.int64), IGNORED_LABEL)
         sample.position_ids[start:stop] = np.arange(len(tokens))
         return len(tokens)
-
-
-def delete_packs_hint(path: Path) -> str:
-    """Return the remedy for a damaged pack file or its record."""
-    return f"delete {path.with_suffix('.json')} and {path}; both are written again"
 
 
 def _write_packs(reader: SplitReader, length: int, seed: int, path: Path, record: Path, truncate: Truncate) -> None:
