@@ -35,7 +35,7 @@ def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, 
         gather=lambda value: [value],
     )
     job = job or base_stage(folder, **trackers)
-    return Metrics(job, folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6})
+    return Metrics(job, folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6, "code": 0.25})
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
@@ -54,6 +54,15 @@ def drawn(folder: Path, name: str = "loss") -> list[tuple[int, float]]:
     accumulator = EventAccumulator(str(folder / "tensorboard"))
     accumulator.Reload()
     return [(event.step, event.value) for event in accumulator.Scalars(name)]
+
+
+def test_the_log_says_how_many_epochs_of_each_source_the_steps_are(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    job = base_stage(tmp_path)
+    open_metrics(tmp_path, 0, job)
+    said = (
+        f"{job.steps:,} steps of {job.stage.global_batch_size:,} samples: 1.60 epochs of prose, 0.25 epochs of code\n"
+    )
+    assert said in capfd.readouterr().out
 
 
 def test_a_resume_drops_the_lines_after_its_step(tmp_path: Path):
