@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,9 +62,11 @@ def read_identity(run: RunPaths, path: Path) -> None:
     referenced_checkpoints(run.stage(STAGE).path / "weights", run.stage(STAGE).checkpoint)
 
 
-def read_skipped(run: RunPaths, path: Path) -> None:
+def read_skipped(_run: RunPaths, path: Path) -> list[int]:
     manager = CheckpointManager(path.parent, SimpleNamespace(asynchronous_saves=False), None, EventWriter(None))  # type: ignore[arg-type]
-    TrainingState(step=0).skip(set(manager._recorded_skipped()))
+    state = TrainingState(step=0)
+    state.skip(set(manager._recorded_skipped()))
+    return state.skipped
 
 
 READERS: dict[str, tuple[Callable[[RunPaths], Path], Callable[[RunPaths, Path], object]]] = {
@@ -103,6 +106,22 @@ def test_no_tampered_file_ends_in_a_traceback(name: str, run: RunPaths):
         except Exception as error:
             raise AssertionError(f"{name}: {change}") from error
     assert "refused" in outcomes or name == "manifest.json"
+
+
+def test_the_remedy_of_damaged_skipped_batches_is_to_write_them_again(run: RunPaths):
+    """Without the file, the stage would train on the bad batches."""
+    path = weights_of(run).skipped_batches
+    for batch in (12, 40):
+        EventWriter(weights_of(run).path).write("bad_step", step=4, batch=batch)
+    path.write_text("[12, 4")
+    with pytest.raises(UserError) as refused:
+        read_skipped(run, path)
+    assert str(path) in refused.value.message
+    hint = "write the skipped batches again, such as [12, 40]; those with the event bad_step in events.jsonl"
+    assert refused.value.hint == hint and "delete" not in hint
+    events = [json.loads(line) for line in weights_of(run).events.read_text().splitlines()]
+    path.write_text(str([event["batch"] for event in events if event["event"] == "bad_step"]))
+    assert read_skipped(run, path) == [12, 40]
 
 
 def test_a_resume_drops_bad_lines_of_the_metrics_and_events(run: RunPaths, capfd: pytest.CaptureFixture[str]):
