@@ -303,6 +303,21 @@ def test_deep_json_and_devices_in_a_pretrained_folder_are_reported(tmp_path: Pat
     assert "model.safetensors is not a file" in refused_message(capsys, "plan", str(path))
 
 
+@pytest.mark.parametrize("name", ["model", "model/config.json", "model/model.safetensors"])
+def test_loop_of_links_in_a_pretrained_folder_is_reported(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
+    if name != "model":
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG_JSON))
+        (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("loop")
+    (tmp_path / name).with_name("loop").symlink_to((tmp_path / name).name)
+    message = refused_message(capsys, "plan", str(path))
+    assert "error: model.pretrained.path" in message and str(tmp_path / name) in message
+
+
 def test_complete_pretrained_folder_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
     write_weights(tmp_path / "model.safetensors", CONFIG_JSON)
