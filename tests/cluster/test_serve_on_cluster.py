@@ -13,7 +13,7 @@ from tests.support.pipeline_run_on_cluster import SITE as CLUSTER
 from tests.support.served_run import KEY, ServedRun
 from tests.support.slurm_conf import CONTROLLER
 from tests.support.virtual_cluster import VirtualCluster
-from tests.support.wait import wait_for
+from tests.support.wait import wait_for, wait_for_end
 
 SITE = {
     "partitions": [
@@ -28,7 +28,7 @@ class ServedOnCluster(ServedRun):
     """A run whose verbs are called on the login node."""
 
     def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int = 2) -> None:
-        super().__init__(folder, {"nodes": nodes, "gpus_per_node": 2, "drain_s": 1, "minutes": 5}, SITE)
+        super().__init__(folder, {"nodes": nodes, "gpus_per_node": 2, "drain_s": 5, "minutes": 5}, SITE)
         self.cluster = cluster
 
     def command(self, *options: str) -> list[str]:
@@ -44,6 +44,15 @@ class ServedOnCluster(ServedRun):
             "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header, f"{endpoint.url}/models"
         )
 
+    def ask_until_drain(self, endpoint: Endpoint) -> subprocess.Popen[str]:
+        """Send a request from the login node that the engine answers while it drains; return when the engine has it."""
+        header = ["-H", f"Authorization: Bearer {KEY}"]
+        words = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", *header, f"{endpoint.url}/until-drain"]
+        environment = self.environment()
+        asked = subprocess.Popen(self.cluster.command(words), stdout=subprocess.PIPE, text=True, env=environment)
+        wait_for((self.folder / "held-request").exists)
+        return asked
+
     def queue(self) -> str:
         return self.cluster.run("squeue", "-h", "-o", "%i %T %k").strip()
 
@@ -57,7 +66,7 @@ def run(cluster: VirtualCluster, tmp_path: Path) -> ServedOnCluster:
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-def test_a_server_on_two_nodes_is_requeued_at_the_end_of_its_allocation(run: ServedOnCluster):
+def test_a_server_on_two_nodes_drains_at_the_end_of_its_allocation_and_restarts_in_the_next(run: ServedOnCluster):
     submitted = run.call()
     assert submitted.returncode == 0, submitted.stderr
     job_id = submitted.stdout.split()[2].rstrip(";")
@@ -76,11 +85,20 @@ def test_a_server_on_two_nodes_is_requeued_at_the_end_of_its_allocation(run: Ser
     assert [run.ask(endpoint, key) for key in (None, "wrong", KEY)] == ["401", "401", "200"]
     again = run.call()
     assert again.returncode == 2 and f"job {job_id} (RUNNING) serves stage base already" in again.stderr
+    asked, engines = run.ask_until_drain(endpoint), run.processes()
     run.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=1")
     wait_for(lambda: run.state and run.state.state == "waiting", 90)
     wait_for(lambda: run.queue().startswith(f"{job_id} PENDING"), 60)
     assert run.state and run.state.reason == "the allocation ends" and not run.job.endpoint.exists()
-    wait_for(lambda: not run.processes())
+    run.cluster.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=5")
+    assert asked.communicate(timeout=20)[0] == "200", "the request was accepted before the end"
+    wait_for_end(engines)
+    restarted = run.wait_until_ready(120)
+    wait_for(lambda: len(run.started_engines(1)) == 2)
+    assert len(run.started_engines(0)) == 2
+    assert restarted.owner.job_id == job_id and restarted.owner.pid != endpoint.owner.pid
+    assert run.state and (run.state.state, run.state.allocation) == ("running", 2)
+    assert [run.ask(restarted, key) for key in (None, KEY)] == ["401", "200"]
     stopped = run.call("--stop")
     assert stopped.stdout == f"cancelled job {job_id}\n", stopped.stderr
     wait_for(lambda: not run.queue())

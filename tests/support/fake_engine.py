@@ -19,10 +19,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ACTIVE: set[int] = set()
+DRAINS = threading.Event()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers /health to everybody, and all else to those who know the key. /v1/slow takes two seconds.
+    """Answers /health to everybody, and all else to those who know the key.
+
+    /v1/slow takes two seconds. /v1/until-drain is answered while the engine drains.
 
     While a file `loading` is in the working folder, it answers like a server that loads its model. A file `dies` ends the engine
     after its first answer, and is removed.
@@ -36,6 +39,10 @@ class Handler(BaseHTTPRequestHandler):
             if self.path == "/v1/slow":
                 Path("slow-request").touch()
                 time.sleep(2)
+            if self.path == "/v1/until-drain":
+                Path("held-request").touch()
+                DRAINS.wait()
+                time.sleep(0.5)
             body = json.dumps({"path": self.path}).encode()
             is_loading = Path("loading").exists()
             self.send_response(503 if is_loading else 200 if allowed else 401)
@@ -68,6 +75,8 @@ def main() -> None:
     server = ThreadingHTTPServer((os.environ.get("LISTEN_AT", found.host), int(found.port)), Handler)
 
     def drain(*_: object) -> None:
+        DRAINS.set()
+
         def wait() -> None:
             end = time.monotonic() + float(found.shutdown_timeout or 0)
             while ACTIVE and time.monotonic() < end:
