@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
@@ -174,9 +175,13 @@ def test_a_template_has_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_sandbox_has_what_the_templates_of_lm_eval_have():
-    sandbox = TaskTemplates()
-    if isinstance(utils.env, TaskTemplates):
-        pytest.skip("another test has replaced the environment of lm_eval")
-    assert (sandbox.undefined, sandbox.keep_trailing_newline) == (utils.env.undefined, utils.env.keep_trailing_newline)
-    assert sandbox.filters.keys() == utils.env.filters.keys()
-    assert sandbox.globals.keys() == utils.env.globals.keys() and sandbox.trim_blocks == utils.env.trim_blocks
+    """Compared with a new copy of lm_eval's module: a task that another test has run replaces the environment of the first."""
+    spec = importlib.util.spec_from_file_location("lm_eval_utils", utils.__file__)
+    assert spec and spec.loader
+    original = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(original)
+    sandbox, env = TaskTemplates(), original.env
+    assert not isinstance(env, TaskTemplates)
+    assert (sandbox.undefined, sandbox.keep_trailing_newline) == (env.undefined, env.keep_trailing_newline)
+    assert sandbox.filters.keys() == env.filters.keys()
+    assert sandbox.globals.keys() == env.globals.keys() and sandbox.trim_blocks == env.trim_blocks
