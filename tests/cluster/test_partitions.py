@@ -251,7 +251,7 @@ def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: S
     path = nvidia_smi_path(chain)
     code, printed = longhaul(chain, "site", "check", "found.yaml", "--probe", path=path)
     assert code == 0 and " NO " not in printed, printed
-    assert "NVIDIA H200" in printed and printed.count("submitted probe job") == 3, printed
+    assert "NVIDIA H200" in printed and printed.count("submitted probe job") == 4, printed
     wrong = (chain.folder / "found.yaml").read_text().replace("gpu_memory_gib: 140.4", "gpu_memory_gib: 192")
     (chain.folder / "wrong.yaml").write_text(wrong)
     code, printed = longhaul(chain, "site", "check", "wrong.yaml", "--probe", path=path)

@@ -26,7 +26,7 @@ NODE = FoundNode(
 )
 NO_GPUS: dict[str, Any] = {"gpu_names": (), "gpu_memory_mib": (), "toolkit": None, "version": None}
 CPU = {"jobs": ["cpu"], "name": "cores", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
-LOGIN = {**CPU, "jobs": ["login"], "name": "long"}
+LOGIN = {**CPU, "jobs": ["login"], "name": "long", "node": {"cpus": 4, "memory_mb": 8000}}
 
 
 def site_of(folder: Path, changes: dict[str, Any] | None = None) -> Site:
@@ -90,4 +90,11 @@ def test_one_job_per_partition_asks_for_a_node_as_the_site_file_describes_it(tmp
     gpu = {**SITE["partitions"][0], "jobs": ["debug", "gpu"]}
     requests = probe_requests(plan_of(tmp_path, None, {"partitions": [gpu, CPU, LOGIN]}).site)
     shapes = {kind: (r.nodes, r.tasks, r.gpus_per_node, r.cpus_per_task, r.minutes) for kind, r in requests.items()}
-    assert shapes == {"gpu": (1, 1, 8, 64, 2), "cpu": (1, 1, 0, 8, 2)}
+    assert shapes == {"gpu": (1, 1, 8, 64, 2), "cpu": (1, 1, 0, 8, 2), "login": (1, 1, 0, 4, 2)}
+
+
+def test_partition_of_the_controller_needs_no_fast_network(tmp_path: Path):
+    site = site_of(tmp_path, {"partitions": [SITE["partitions"][0], LOGIN]})
+    front = replace(NODE, cpus=2, interfaces=("lo", "eth0"), rdma_ports=(), **NO_GPUS)
+    lines = compare_nodes(site, {"login": ProbeAnswer(front)})
+    assert {line.subject: line.problem for line in lines} == {"cpus": "set node.cpus to at most 2", "memory, MiB": ""}

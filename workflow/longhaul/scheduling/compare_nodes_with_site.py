@@ -12,11 +12,11 @@ from rich.text import Text
 from longhaul.config.partition_config import JobPlace, Partition
 from longhaul.config.site_config import Site
 from longhaul.errors import printable
-from longhaul.planning.slurm_request import SlurmRequest, cpu_request, gpu_request
+from longhaul.planning.slurm_request import SlurmRequest, gpu_request
 from longhaul.scheduling.probe_nodes import FoundNode, ProbeAnswer
 
 _PROBE_MINUTES = 2
-_PROBED: tuple[JobPlace, ...] = ("gpu", "debug", "cpu")
+_PROBED: tuple[JobPlace, ...] = ("gpu", "debug", "cpu", "login")
 _MEMORY_TOLERANCE = 1.03  # a card of "80 GB" has 79.6 GiB
 
 
@@ -34,7 +34,7 @@ class Comparison:
 def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, SlurmRequest]:
     """Return the request of one probe job per partition, by the first kind of job that the partition serves.
 
-    On a GPU partition it is a whole node as the site file describes it. A partition for the controller job alone is left out.
+    It is a whole node as the site file describes it.
     """
     requests: dict[str, SlurmRequest] = {}
     for partition in site.partitions:
@@ -46,8 +46,6 @@ def probe_requests(site: Site, minutes: int = _PROBE_MINUTES) -> dict[str, Slurm
 
 def _probe_request(site: Site, kind: JobPlace, minutes: int) -> SlurmRequest:
     node = site.partition_for(kind).node
-    if kind == "cpu" and not node.gpus:
-        return cpu_request(site, minutes)
     return gpu_request(site, place=kind, nodes=1, tasks=1, gpus=node.gpus or node.cpus, minutes=minutes)
 
 
@@ -73,6 +71,11 @@ def _compare(site: Site, partition: Partition, node: FoundNode) -> Iterator[Comp
         yield _gpu_memory(shape.gpu_memory_gib, node.gpu_memory_gib)
     if shape.gpus and node.gpu_names:
         yield _toolkit(site, node)
+    if partition.jobs != ("login",):  # the controller is one process
+        yield from _networks(site, partition, node)
+
+
+def _networks(site: Site, partition: Partition, node: FoundNode) -> Iterator[Comparison]:
     if site.interconnect.socket_interface:
         yield _interfaces(site.interconnect.socket_interface, node)
     if site.interconnect.kind in ("infiniband", "roce") and partition.max_nodes > 1:
