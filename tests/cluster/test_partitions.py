@@ -291,6 +291,22 @@ def test_slurm_accepts_every_job_of_the_detected_site_and_the_nodes_fit(found: S
     assert code == 1 and "set node.gpu_memory_gib to 140.4" in printed, printed
 
 
+def test_a_run_starts_with_the_detected_site(found: Site, chain: PipelineRunOnCluster):
+    """With the first stage's export as the local model, and shorter sequences than the example's."""
+    (chain.folder / "model").symlink_to(chain.folder / chain.read("export/base.json")["path"])
+    (chain.folder / "data").mkdir()
+    (chain.folder / "data" / "chats.jsonl").symlink_to(chain.folder / "chats.jsonl")
+    options = ("--example", "local-one-gpu", "--site", "./found.yaml", "--run", "started")
+    code, printed = longhaul(chain, "init", *options)
+    assert code == 0 and "wrote started.yaml" in printed, printed
+    config = chain.folder / "started.yaml"
+    config.write_text(config.read_text().replace("sequence_length: 2048", "sequence_length: 64"))
+    code, printed = longhaul(chain, "plan", "started.yaml")
+    assert code == 0 and "train-sft" in printed, printed
+    code, printed = longhaul(chain, "site", "check", "started.yaml")
+    assert code == 0 and "train-sft" in printed and " NO " not in printed, printed
+
+
 @pytest.mark.slow  # waits 15 s for the second try
 def test_a_submit_limit_is_waited_for(chain: PipelineRunOnCluster):
     """Slurm's reason is printed at once, and the job is submitted again after a pause."""
