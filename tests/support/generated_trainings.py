@@ -119,19 +119,15 @@ _BALANCE = {
 }
 
 
-LENGTHS: list[dict[str, Any]] = [{"steps": 2}, {"epochs": 1e-9}]
-"""Lengths of two steps, and of one."""
-
-
 @st.composite
 def trainings(draw: st.DrawFn) -> dict[str, Any]:
-    """Draw the config of one stage of one or two steps. Data and site are those of tests.support.pipeline_run."""
+    """Draw the config of one stage of two steps. Data and site are those of tests.support.pipeline_run."""
     kind = draw(st.sampled_from(["pretrain", "sft"]))
     stage = {
         "name": "main",
         "kind": kind,
         "dataset": "prose" if kind == "pretrain" else "chats",
-        **draw(st.sampled_from(LENGTHS)),
+        "steps": 2,
         "minutes": 5,
         **draw(st.fixed_dictionaries(_STAGE, optional=_STAGE_CHOICES)),
     }

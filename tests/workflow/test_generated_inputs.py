@@ -18,11 +18,12 @@ import yaml
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from longhaul.artifacts.artifact_schemas import Checkpoint
+from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.load_config import load_config
 from longhaul.data.check_first_rows import check_inputs
 from longhaul.data.readers.read_documents import read_documents
+from longhaul.data.sampling.samples import Samples
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_spec, jobs_of
@@ -40,6 +41,8 @@ from tests.support.generated_trainings import trainings
 from tests.support.pipeline_run import local_site, write_data, write_site
 from tests.support.ranks import run_worker
 
+ACCEPTED = 50
+"""Accepted configs that are trained."""
 _CONTROL = {*map(chr, [*range(9), *range(11, 32), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)])}
 """Characters that change what a terminal shows, apart from tabs and line breaks."""
 
@@ -143,27 +146,56 @@ def prepare_data(plan: Plan) -> None:
             job_kinds()[job.kind].load_entry_point()(job_spec(plan, job))
 
 
-@pytest.mark.slow
-@settings(max_examples=50, deadline=None)
-@given(config=trainings())
-def test_accepted_runs_train_their_steps(config: dict[str, Any]):
+def in_epochs(config: dict[str, Any], plan: Plan) -> dict[str, Any]:
+    """Return the config with two steps as epochs: somewhat less, because steps are rounded up. The data exist already."""
+    stage = plan.stages[0].stage
+    manifest = DataManifest.read(plan.paths.manifest(stage.dataset))
+    opened = (stage.kind, stage.sequence_length, plan.config.seed, Path("counted"))
+    samples = Samples.open(manifest, "train", *opened, truncate=stage.truncate).distinct_count
+    keys = {key: value for key, value in config["stages"][0].items() if key != "steps"}
+    return {**config, "stages": [{**keys, "epochs": 1.5 * stage.global_batch_size / samples}]}
+
+
+def plan_or_reject(config: dict[str, Any], folder: Path) -> Plan:
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    outcome = planned(folder / "run.yaml")
+    if isinstance(outcome, UserError):
+        assert_is_message(outcome)
+        reject()
+    return outcome[0]
+
+
+def train_two_steps(config: dict[str, Any], as_epochs: bool) -> None:
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         folder = Path(name)
         write_data(folder)
         write_site(folder, local_site())
-        (folder / "run.yaml").write_text(yaml.safe_dump(config))
-        outcome = planned(folder / "run.yaml")
-        if isinstance(outcome, UserError):
-            assert_is_message(outcome)
-            reject()
-        plan, _ = outcome
+        plan = plan_or_reject(config, folder)
         prepare_data(plan)
+        if as_epochs:
+            plan = plan_or_reject(in_epochs(config, plan), folder)
+            write_launch_files(plan, folder)
         run_worker(Path(train_planned_run.__file__), plan.stages[0].world_size, name)
         checkpoint = Checkpoint.read(plan.paths.stage("main").checkpoint)
-        steps = config["stages"][0].get("steps", 1)
-        assert checkpoint.steps == steps
+        assert checkpoint.steps == 2
         curves = read_metrics(WeightsFolder(Path(checkpoint.weights)).metrics).curves
-        assert curves["loss"].x == [1, 2][:steps] and len(curves["loss"].values) == steps
+        assert curves["loss"].x == [1, 2] and len(curves["loss"].values) == 2
+
+
+@pytest.mark.slow
+def test_accepted_runs_train_their_steps():
+    """Refused examples do not count: without enough accepted ones, the test would pass without training."""
+    accepted = 0
+
+    @settings(max_examples=ACCEPTED, deadline=None)
+    @given(config=trainings(), as_epochs=st.booleans())
+    def train(config: dict[str, Any], as_epochs: bool) -> None:
+        nonlocal accepted
+        train_two_steps(config, as_epochs)
+        accepted += 1
+
+    train()
+    assert accepted >= ACCEPTED
 
 
 @pytest.fixture(scope="module")
