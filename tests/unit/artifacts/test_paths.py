@@ -80,7 +80,8 @@ def spelled_by_run_paths() -> set[str]:
                 elif wanted and all(
                     w in ("dataset", "stage", "partition", "partitions", "model", "task", "nodes") for w in wanted
                 ):
-                    answers.add(member(owner, *map(placeholder, wanted)))
+                    answer = member(owner, *map(placeholder, wanted))
+                    answers.update(answer if isinstance(answer, list) else [answer])
     return {str(answer) for answer in answers if isinstance(answer, Path)}
 
 
