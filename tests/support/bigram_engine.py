@@ -41,7 +41,7 @@ def rows_of_table(ids: list[int]) -> np.ndarray:
 
 
 class Model:
-    """What the engine serves. rows: a function like rows_of_table"""
+    """The model that the engine serves. rows: a function like rows_of_table"""
 
     rows: Callable[[list[int]], np.ndarray] = staticmethod(rows_of_table)
 

@@ -368,7 +368,7 @@ class Screen:
 def test_progress_is_shown_again_and_again_while_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
-    """A log gets a line for each job, a terminal a table with bars that is drawn anew."""
+    """A log gets a line for each job, a terminal a table with bars, which is drawn again and again."""
     run = training_run(tmp_path)
     weights = run.train(40)
     monkeypatch.setattr(run_display, "_LOG_EVERY_S", 0.01)

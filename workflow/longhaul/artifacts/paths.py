@@ -97,7 +97,7 @@ class JobFolder:
 
     @property
     def nccl_tests(self) -> Path:
-        """What the programs of nccl-tests measured; only the fabric check of a site that names them has this file."""
+        """Report of the programs of nccl-tests; only the fabric check of a site that names them has this file."""
         return self.path / "nccl_tests.json"
 
     @property
@@ -106,7 +106,7 @@ class JobFolder:
         return self.path / "nccl_tests_job.json"
 
     def nccl_tests_output(self, program: str) -> Path:
-        """What one of these programs printed."""
+        """Output of one of these programs."""
         return self.path / "nccl_tests" / f"{program}.txt"
 
     @property
@@ -471,7 +471,7 @@ class RunPaths:
         return sorted((self.folder / "task_data" / stage).glob("*.json"))
 
     def task_data_log(self, stage: str, task: str) -> Path:
-        """What fetch prints about the data of an evaluation task. In a folder per stage: both names may have hyphens."""
+        """Log of fetching the data of an evaluation task. Each stage has a folder, because both names may have hyphens."""
         return self.logs / "fetch_task_data" / stage / f"{task}.log"
 
     def serve_check(self, stage: str) -> Path:

@@ -33,7 +33,7 @@ _MOST_READ_BYTES = 2**24
 
 @dataclass
 class Measured:
-    """What one program gave. stops_others: the other programs would fail in the same way, so they are not started."""
+    """Result of one program. stops_others: the other programs would fail in the same way, so they are not started."""
 
     rows: list[NcclTestsResult] = field(default_factory=list)
     problem: str = ""
