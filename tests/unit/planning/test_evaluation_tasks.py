@@ -172,7 +172,8 @@ def test_data_of_one_repository_are_accepted_in_all_spellings(tmp_path: Path):
         {"dataset_path": "a/b", "dataset_kwargs": {"data_files": {**files, "more": "z.jsonl"}}},
         {"dataset_path": "a/b", "dataset_kwargs": {"revision": "v1"}},
     ):
-        planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task)
+        plan = planned(tmp_path, {"tasks": ["quiz"], "files": ["quiz.yaml"]}, task)
+        assert tasks_to_fetch(plan.loaded, plan.stage("chat").stage) == ["quiz"]
 
 
 def test_task_file_may_not_name_python_code(tmp_path: Path):

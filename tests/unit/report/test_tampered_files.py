@@ -127,9 +127,9 @@ def test_bad_line_is_left_out_and_named_with_its_number(name: str, run: RunPaths
 
 
 @pytest.mark.parametrize("digits", [308, 400])
-def test_long_integers_give_a_report_and_a_status(digits: int, run: RunPaths):
-    """Step numbers of 309 digits and more are beyond a double."""
-    number = b"1" * digits
+def test_long_integers_give_a_report_and_a_status(digits: int, run: RunPaths, capfd: pytest.CaptureFixture[str]):
+    """Integers of 309 digits and more are beyond a double: their line is left out and named."""
+    number, complete = b"1" * digits, shown(run)
     weights = weights_of(run)
     for path, line in (
         (weights.metrics, b'{"step": %s, "loss": %s, "step_time_s": %s}'),
@@ -144,6 +144,9 @@ def test_long_integers_give_a_report_and_a_status(digits: int, run: RunPaths):
         render_page(results)
         summary_lines(results.status)
         Console(file=io.StringIO()).print(status_view(results.status))
+        if digits > 308:
+            assert shown(run) == complete
+            assert f"{path}, line {len(text.splitlines()) + 1}: " in capfd.readouterr().err
         path.write_bytes(text)
 
 
