@@ -93,13 +93,13 @@ def never_starts(reason: str) -> bool:
     return _NEVER_STARTS.search(reason) is not None
 
 
-def is_provisional(reason: str) -> bool:
-    """Return whether Slurm may soon name the limit itself.
+def certainly_never_starts(reason: str, last_reason: str | None) -> bool:
+    """Return whether a job never starts, by its reasons now and at the last look (None: this is the first look).
 
-    A job beyond any limit of its partition has this reason when it is submitted, and the name of the limit after the next
-    scheduling cycle (_select_nodes_parts and job_limits_check in src/slurmctld/job_mgr.c). Limits without a name keep it.
+    A job beyond any limit of its partition has a provisional reason when it is submitted, and the name of the limit after the
+    next scheduling cycle (_select_nodes_parts and job_limits_check in src/slurmctld/job_mgr.c). Limits without a name keep it.
     """
-    return _PROVISIONAL in reason
+    return never_starts(reason) and (_PROVISIONAL not in reason or reason == last_reason)
 
 
 def remedy_of(reason: str) -> str:

@@ -15,7 +15,7 @@ from typing import Literal
 from longhaul.artifacts.shared_file_system import exists_on_server
 from longhaul.config.shipped_files import data_root
 from longhaul.errors import UserError, printable
-from longhaul.jobs.slurm_reasons import is_provisional, never_starts, remedy_of
+from longhaul.jobs.slurm_reasons import certainly_never_starts, remedy_of
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.sbatch_refusals import ASK_AGAIN, read_refusal
@@ -111,11 +111,10 @@ def _wait(jobs: Mapping[str, str], deadline: float) -> dict[str, ProbeAnswer]:
         while left:
             for title, job in list(left.items()):
                 has_ended, state = _state(job)
-                is_settled = not is_provisional(state) or states.get(title) == state
-                states[title] = state
+                last_state, states[title] = states.get(title), state
                 if has_ended:
                     del left[title]
-                elif never_starts(state) and is_settled:
+                elif certainly_never_starts(state, last_state):
                     unfinished[title] = ProbeAnswer(None, f"job {job} cannot start: {state}", remedy_of(state))
                 elif time.monotonic() > deadline:
                     unfinished[title] = ProbeAnswer(None, f"job {job} did not end in time: {state}", _WAIT_LONGER)

@@ -16,13 +16,12 @@ from longhaul.artifacts.job_state import REFUSED, TRANSIENT, Failure, current_in
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, job_of, run_of
 from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.jobs.slurm_reasons import (
+    certainly_never_starts,
     is_about_nodes,
     is_by_plugin,
-    is_provisional,
     is_unknown_node,
     limit_code,
     limits_number_of_jobs,
-    never_starts,
     remedy_of,
 )
 from longhaul.scheduling import slurm_client
@@ -88,8 +87,7 @@ def warner_of_waiting_jobs() -> Callable[[str], None]:
         nonlocal before
         last, before = before, slurm_client.pending_reasons(run_id)
         for job_id, reason in before.items():
-            is_settled = not is_provisional(reason) or last.get(job_id) == reason
-            if job_id not in warned and never_starts(reason) and is_settled:
+            if job_id not in warned and certainly_never_starts(reason, last.get(job_id)):
                 warned.add(job_id)
                 text = f"job {job_id} waits and will not start; Slurm's reason: {reason}. {remedy_of(reason)}"
                 print(f"warning: {text}", file=sys.stderr, flush=True)
