@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from longhaul.config.copy_config import copy_config
+import longhaul
+from longhaul.config.copy_config import _PATHS, copy_config
 from longhaul.config.load_config import load_config
 from longhaul.planning import Plan
 from longhaul.planning.load_plan import load_plan
@@ -73,3 +75,9 @@ def test_anchor_and_tokenizer_path_are_kept(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     copy_config(load_config(config), tmp_path / "b" / "copy.yaml")
     assert f'path: &folder "{tmp_path}/a/words"' in (tmp_path / "b" / "copy.yaml").read_text()
+
+
+def test_every_key_that_the_package_takes_as_a_path_is_changed_in_the_copy() -> None:
+    package = Path(longhaul.__file__).parent
+    keys = {key for path in package.rglob("*.py") for key in re.findall(r'\.resolve\("([\w.]+)"', path.read_text())}
+    assert "tokenizer.path" in keys and keys <= set(_PATHS)
