@@ -174,6 +174,15 @@ def test_a_template_has_a_limit_of_time(tmp_path: Path, monkeypatch: pytest.Monk
         check_task_templates(load_config(written(tmp_path, {"doc_to_text": endless})))
 
 
+def test_an_operation_that_never_ends_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """No signal handler runs within one operation of Python: only the end of a process ends it."""
+    monkeypatch.setattr(module, "_LIMIT_S", 0.1)
+    loop = "{% for _ in range(60) %}{% set n.a = [n.a, n.a] %}{% set n.b = [n.b, n.b] %}{% endfor %}"
+    nested = "{% set n = namespace(a=[], b=[]) %}" + loop
+    with pytest.raises(UserError, match=r"doc_to_text: one operation, .* no end within 0\.2 s of CPU time"):
+        check_task_templates(load_config(written(tmp_path, {"doc_to_text": nested + "{{ n.a == n.b }}"})))
+
+
 def test_the_sandbox_has_what_the_templates_of_lm_eval_have():
     """Compared with a new copy of lm_eval's module: a task that another test has run replaces the environment of the first."""
     spec = importlib.util.spec_from_file_location("lm_eval_utils", utils.__file__)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from longhaul.config.load_config import LoadedConfig
 from longhaul.data.readers.task_rows import TaskRow, first_task_rows
 from longhaul.errors import UserError, first_line
 from longhaul.planning.evaluation_tasks import TaskFile, read_task_files
-from longhaul.runtime.cpu_time_limit import cpu_time_limit
+from longhaul.runtime.cpu_time_limit import cpu_time_limit, ends_its_process
 from longhaul.runtime.memory_limit import memory_limit
 
 _KEYS = ("doc_to_text", "doc_to_target", "doc_to_choice", "gen_prefix", "description")
@@ -58,8 +60,21 @@ def _check_templates(where: str, file: TaskFile) -> None:
                 f"{where}: {key} is {template!r}, and {path} has no such column: every row would get this word",
                 f"{hint}; for this text in every row, write {{{{ {template!r} }}}}",
             )
-        for number, row in enumerate(rows, 1):
-            _try(f"{where}: {key} fails on row {number} of {path}", key, template, dict.fromkeys(columns) | row, hint)
+        _try_rows(
+            f"{where}: {key}", path, partial(_try, key, template, hint), [dict.fromkeys(columns) | row for row in rows]
+        )
+
+
+def _try_rows(where: str, path: Path, try_row: Callable[[str, TaskRow], None], rows: list[TaskRow]) -> None:
+    """Raise UserError if a template fails on a row, or has an operation that never ends."""
+    named = {f"{where} fails on row {number} of {path}": row for number, row in enumerate(rows, 1)}
+    if ends_its_process(lambda: [try_row(name, row) for name, row in named.items()]):
+        raise UserError(
+            f"{where}: one operation, such as the comparison of nested lists, has no end within {2 * _LIMIT_S} s of CPU time",
+            "remove this operation from the template",
+        )
+    for name, row in named.items():
+        try_row(name, row)
 
 
 def _evaluated_file(where: str, config: dict[str, Any]) -> Path:
@@ -80,7 +95,7 @@ def _evaluated_file(where: str, config: dict[str, Any]) -> Path:
     return Path(files if isinstance(files, str) else files[0])
 
 
-def _try(where: str, key: str, template: str, row: TaskRow, hint: str) -> None:
+def _try(key: str, template: str, hint: str, where: str, row: TaskRow) -> None:
     """Render a template as lm_eval does in the job. Raises UserError if it fails."""
     from longhaul.compat.jinja_sandbox import TaskTemplates  # only here: every parse of the rules imports this module
 

@@ -5,9 +5,6 @@ The result is a Hugging Face tokenizer folder.
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +19,7 @@ from longhaul.data.tokenizers.chat_template import RENDER_LIMIT_S, ChatTemplate
 from longhaul.data.tokenizers.tokenizer_size import require_size
 from longhaul.errors import InputError, UserError, first_line
 from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
+from longhaul.runtime.cpu_time_limit import ends_its_process
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -169,28 +167,15 @@ def _save(tokenizer: PreTrainedTokenizerBase, root: Path, test_chat_template: bo
 
 
 def _test(template: ChatTemplate) -> None:
-    """Raise UserError if a template refuses a small conversation.
-
-    A child process tries it first, because a template may contain one operation that only the end of its process ends.
-    """
-    child = multiprocessing.get_context("fork").Process(target=_exit_if_refused, args=(template,))
-    child.start()
-    child.join()
-    if child.exitcode == -signal.SIGPROF:
+    """Raise UserError if a template refuses a small conversation."""
+    where = "test of the tokenizer's chat template"
+    if ends_its_process(lambda: template.render(_TEST_CONVERSATION, where)):
         raise UserError(
-            "test of the tokenizer's chat template: one operation of the chat template, such as the comparison of nested "
-            f"lists, has no end within {2 * RENDER_LIMIT_S} s of CPU time",
+            f"{where}: one operation of the chat template, such as the comparison of nested lists, has no end within "
+            f"{2 * RENDER_LIMIT_S} s of CPU time",
             "remove the operation, or give another template as tokenizer.chat_template (templates/chat has some)",
         )
-    if child.exitcode:
-        template.render(_TEST_CONVERSATION, "test of the tokenizer's chat template")
-
-
-def _exit_if_refused(template: ChatTemplate) -> None:
-    try:
-        template.render(_TEST_CONVERSATION, "test")
-    except UserError:
-        sys.exit(1)
+    template.render(_TEST_CONVERSATION, where)
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:
