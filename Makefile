@@ -141,8 +141,8 @@ bench-start: $(if $(findstring command,$(origin PYTHON)),,setup)  ## time from a
 bench-gpu-2: $(if $(findstring command,$(origin PYTHON)),,setup)  ## two GPUs: ZeRO 1 and ZeRO 3 compared with FSDP2, with losses
 	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.gpu_speed --two $(ROWS)
 
-bench-memory: setup  ## planned memory of one GPU compared with measured (needs torch's CUDA build in .venv)
-	$(BIN)/python -m bench.gpu_memory
+bench-memory: $(if $(findstring command,$(origin PYTHON)),,setup)  ## planned memory of one GPU compared with measured; PYTHON=python3 as for bench-gpu; ROWS=mixture
+	PYTHONPATH=workflow:. $(if $(findstring command,$(origin PYTHON)),$(PYTHON),$(BIN)/python) -m bench.gpu_memory $(ROWS)
 
 bench-memory-plan: setup  ## planned memory of 175 B parameters, for each kind of activation checkpointing
 	$(BIN)/python -m bench.memory_plan

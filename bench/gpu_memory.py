@@ -1,6 +1,8 @@
 """Compares planned with measured peak memory of one GPU, and losses with those of the baseline, for all memory options.
 
-    make bench-memory          a dense model and a mixture of experts of about 1 B parameters
+    make bench-memory                    a dense model and a mixture of experts of about 1 B parameters
+    make bench-memory PYTHON=python3     with an installed torch
+    make bench-memory ROWS=mixture       one group of rows
 
 Each option trains the same steps from the same weights on the same samples, in a process of its own.
 """
@@ -31,7 +33,7 @@ from tests.support.corpora import conversation, dataset, make_shards, make_token
 CHATML = Path(__file__).resolve().parents[1] / "templates" / "chat" / "chatml.jinja"
 STEPS, SEQUENCE_LENGTH, MICRO_BATCH, GLOBAL_BATCH = 6, 2048, 4, 8
 PROCESSES = 2
-"""Processes that share the GPU. Each has its own peak, and building a model on the CPU takes longer than its steps."""
+"""Processes that share the GPU. Each has its own peak, and building a model takes longer than its steps."""
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
         "llama": {
@@ -74,10 +76,47 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "selective": {"zero": {"stage": 1}, "activation_checkpointing": "selective"},
     "full": {"zero": {"stage": 1}, "activation_checkpointing": "full"},
     "offload": {"zero": {"stage": 1}, "activation_checkpointing": "offload"},
+    # With few activations, the optimizer step can be the peak: updated in one pass over memory, or by DeepSpeed's own step.
+    "zero3-full": {"zero": {"stage": 3}, "activation_checkpointing": "full"},
+    "full-spike-factor": {
+        "zero": {"stage": 1},
+        "activation_checkpointing": "full",
+        "bad_steps": {"spike_factor": 10.0},
+    },
     "fp32-zero1": {"zero": {"stage": 1}, **FP32},
     "fp32-zero0": {"zero": {"stage": 0}, **FP32},  # bf16 at ZeRO 0 is refused
     "packs": {"zero": {"stage": 1}, "kind": "sft", "dataset": "chat"},
 }
+GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": (
+        "dense",
+        (
+            "zero1",
+            "zero2",
+            "zero3",
+            "selective",
+            "full",
+            "offload",
+            "zero3-full",
+            "full-spike-factor",
+            "fp32-zero1",
+            "fp32-zero0",
+            "packs",
+        ),
+    ),
+    "mixture": ("mixture", ("zero1", "zero3", "selective", "full", "fp32-zero1", "packs")),
+    "offloaded": (
+        "dense",
+        (
+            "zero1",
+            "zero2-optimizer-offloaded",
+            "zero3-all-offloaded",
+            "zero3-optimizer-on-a-disk",
+            "zero3-all-on-a-disk",
+        ),
+    ),
+}
+"""Group -> (model, options). Each has a record of its own, so that a part can run alone."""
 BASELINE = {name: "zero1" for name in OPTIONS} | {
     "fp32-zero1": "fp32-zero1",
     "fp32-zero0": "fp32-zero1",
@@ -87,15 +126,20 @@ BASELINE = {name: "zero1" for name in OPTIONS} | {
 
 
 def main() -> None:
-    """Train every option of the named models, or of both, and print one line for each."""
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-    lines = [f"{device}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"]
+    """Train every option of the named groups, or of all, and print one line for each."""
+    device = torch.cuda.get_device_name(0)
+    first = f"{device}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        for model in sys.argv[1:] or ("dense", "mixture"):
-            lines += compare(model, folder)
-    write_result("gpu_memory", [*describe_machine(("torch", "deepspeed", "transformers")), *lines])
+        for group in sys.argv[1:] or GROUPS:
+            lines = [first, *compare(group, folder)]
+            write_result(record(group), [*describe_machine(("torch", "deepspeed", "transformers")), *lines])
+
+
+def record(group: str) -> str:
+    """Return the name of a group's record in bench/results."""
+    return "gpu_memory" if group == "dense" else f"gpu_memory_{group}"
 
 
 def write_data(folder: Path) -> None:
@@ -108,7 +152,7 @@ def write_data(folder: Path) -> None:
 
 
 def plan_options(folder: Path, model: str) -> Plan:
-    """Return a plan with one stage for each option, on this machine."""
+    """Return a plan with one stage for each option, on one GPU."""
     stage = {
         "kind": "pretrain",
         "dataset": "corpus",
@@ -120,11 +164,13 @@ def plan_options(folder: Path, model: str) -> Plan:
         "optimizer": {"lr": 1e-4},
         "schedule": {"kind": "constant", "warmup_steps": 2},
     }
-    gpus = torch.cuda.device_count()
-    node = {"cpus": os.cpu_count(), "memory_mb": 64_000, "gpus": gpus}
-    site: dict[str, Any] = {"name": "here", "scheduler": "local", "partitions": [{"jobs": ["gpu"], "node": node}]}
-    if gpus:
-        site["accelerator"] = {"cuda": torch.version.cuda}
+    node = {"cpus": os.cpu_count(), "memory_mb": 64_000, "gpus": 1}
+    site = {
+        "name": "here",
+        "scheduler": "local",
+        "partitions": [{"jobs": ["gpu"], "node": node}],
+        "accelerator": {"cuda": torch.version.cuda or "13.0"},
+    }
     config = {
         "run": "memory",
         "site": "./site.yaml",
@@ -143,15 +189,15 @@ def plan_options(folder: Path, model: str) -> Plan:
     return build_plan(load_config(folder / "run.yaml"))
 
 
-def compare(model: str, folder: Path) -> list[str]:
+def compare(group: str, folder: Path) -> list[str]:
     """Return lines with planned and measured GiB of tensors, GiB that the allocator holds, and the largest loss difference."""
+    model, options = GROUPS[group]
     planned = plan_options(folder, model)
     with ThreadPoolExecutor(PROCESSES) as pool:
-        found = dict(
-            zip(OPTIONS, pool.map(lambda name: train_option(planned, name, folder / model), OPTIONS), strict=True)
-        )
+        trained = pool.map(lambda name: train_option(planned, name, folder / group), options)
+        found = dict(zip(options, trained, strict=True))
     columns = f"{'planned GiB':>11} {'measured':>9} {'held':>6} {'planned / measured':>19} {'loss differs by':>16}"
-    lines = ["", f"{model:28} {columns}"]
+    lines = ["", f"{group:28} {columns}"]
     for name, option in found.items():
         total = planned.stage(name).memory.total / 2**30  # pyright: ignore[reportOptionalMemberAccess]
         peak, held = option["peak_bytes"] / 2**30, option["held_bytes"] / 2**30
@@ -159,7 +205,7 @@ def compare(model: str, folder: Path) -> list[str]:
             abs(a - b) / abs(b) for a, b in zip(option["losses"], found[BASELINE[name]]["losses"], strict=True)
         )
         lines.append(f"{name:28} {total:11.2f} {peak:9.2f} {held:6.2f} {total / peak:19.3f} {differs:16.1e}")
-    parts = {name: planned.stage(name).memory for name in OPTIONS}
+    parts = {name: planned.stage(name).memory for name in options}
     return lines + [f"{name:28} {memory.as_gib()}" for name, memory in parts.items() if memory]
 
 

@@ -102,7 +102,7 @@ def test_sizes_of_a_tiny_dense_model_equal_hand_computed_numbers():
         128,
     )
     assert (sizes.routed_experts, sizes.is_sparse, sizes.positions) == (0, (False, False), 64)
-    assert (sizes.saved_activations, sizes.repeated_key_values) == (2 * 8 + 24 + 4 * 16, 8)
+    assert (sizes.saved_activations, sizes.unsplit_activations, sizes.repeated_key_values) == (24 + 4 * 16, 2 * 8, 8)
     assert (sizes.normed_elements, sizes.matmul_results, sizes.attention_width) == (16, 24 + 32, 16)
     assert sizes.flops_per_token(sequence_length=10) == 6 * 1272 + 6 * 2 * 16 * 5.5
 
@@ -138,7 +138,8 @@ def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():
     assert (sizes.routed_experts, sizes.routed_experts_per_layer, sizes.sparse_layer) == (768, 384, 248)
     assert (sizes.largest_layer, sizes.unsplit_per_layer, sizes.is_sparse) == (632, 16 + 32, (True, True))
     # attention 24, norm outputs and the inputs and outputs of two experts (2 + 4)·8, two experts of width 4
-    assert (sizes.saved_activations, sizes.matmul_results) == (24 + 6 * 8 + 4 * 8, 24 + 2 * 8 + 2 * 8)
+    assert (sizes.saved_activations, sizes.unsplit_activations) == (24 + 4 * 8, 6 * 8)
+    assert (sizes.matmul_results, sizes.mlp_width) == (24 + 2 * 8 + 2 * 8, 8)
     assert sizes.normed_elements == 2 * 8 + 3 * 4
 
 

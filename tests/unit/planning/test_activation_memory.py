@@ -2,6 +2,7 @@
 
 TINY_LLAMA, per token of one layer: 2·8 norm outputs, 2·(2+1)·4 = 24 in attention and 4·16 = 64 in the MLP are saved: 104
 elements. Repeated keys and values add 2·(2-1)·4 = 8. Two norms have 16 elements. Matmuls and attention give 24 + 2·16 = 56.
+A compiled layer recomputes 16 of the MLP, and saves the input of a norm without its fp32 copy.
 """
 
 from __future__ import annotations
@@ -11,32 +12,42 @@ from typing import Any
 
 import pytest
 
+from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel
 from longhaul.planning.activation_memory import activation_bytes, attention_mask_bytes, logits_bytes
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 TOKENS = 2 * 16
 NORMS = 16 * TOKENS * (4 + 2)
 LAYER = 104 * TOKENS * 2 + NORMS
 LAYER_WITH_REPEATED_HEADS = (104 + 8) * TOKENS * 2 + NORMS
 FP32_LAYER = (104 + 8) * TOKENS * 4 + 16 * TOKENS * (4 + 4)
+COMPILED_NORMS = 16 * TOKENS * 2
+COMPILED = (104 - 16) * TOKENS * 2 + COMPILED_NORMS
+COMPILED_FP32 = (104 - 16 + 8) * TOKENS * 4 + 16 * TOKENS * 4
 INPUT = 8 * TOKENS * 2
 SELECTIVE = INPUT + 2 * INPUT + 56 * TOKENS * 2
+COMPILED_SELECTIVE = SELECTIVE - INPUT
+OFF = {"compile": "off"}
 # changes of the stage, bytes on the GPU, bytes on the host; two layers
 ACTIVATIONS: dict[str, tuple[dict[str, Any], int, int]] = {
-    "none": ({}, 2 * LAYER, 0),
-    "none in fp32": ({"precision": "fp32"}, 2 * FP32_LAYER, 0),
-    "none with packed conversations": ({"kind": "sft"}, 2 * LAYER_WITH_REPEATED_HEADS, 0),
-    "full": ({"activation_checkpointing": "full"}, 2 * INPUT + LAYER, 0),
-    "selective": ({"activation_checkpointing": "selective"}, 2 * SELECTIVE + LAYER, 0),
-    "offload": ({"activation_checkpointing": "offload"}, 2 * INPUT + LAYER, 2 * INPUT),
-    "tensor parallelism splits all but norms": (
+    "none": (OFF, 2 * LAYER, 0),
+    "none in fp32": ({"precision": "fp32", **OFF}, 2 * FP32_LAYER, 0),
+    "none with packed conversations": ({"kind": "sft", **OFF}, 2 * LAYER_WITH_REPEATED_HEADS, 0),
+    "full": ({"activation_checkpointing": "full", **OFF}, 2 * INPUT + LAYER, 0),
+    "selective": ({"activation_checkpointing": "selective", **OFF}, 2 * SELECTIVE + LAYER, 0),
+    "compiled": ({}, 2 * COMPILED, 0),
+    "compiled in fp32": ({"precision": "fp32"}, 2 * COMPILED_FP32, 0),
+    "compiled, full": ({"activation_checkpointing": "full"}, 2 * INPUT + COMPILED, 0),
+    "compiled, selective": ({"activation_checkpointing": "selective"}, 2 * COMPILED_SELECTIVE + COMPILED, 0),
+    "offload, which is not compiled": ({"activation_checkpointing": "offload"}, 2 * INPUT + LAYER, 2 * INPUT),
+    "tensor parallelism splits attention and MLP": (
         {"parallel": Parallel(tensor=2)},
-        2 * (52 * TOKENS * 2 + NORMS),
+        2 * (((24 + 3 * 16) // 2 + 16) * TOKENS * 2 + COMPILED_NORMS),
         0,
     ),
-    "sequence parallelism splits tokens": ({"parallel": Parallel(sequence=2)}, LAYER, 0),
-    "larger micro batch": ({"micro_batch_size": 6}, 3 * 2 * LAYER, 0),
+    "sequence parallelism splits tokens": ({"parallel": Parallel(sequence=2)}, COMPILED, 0),
+    "larger micro batch": ({"micro_batch_size": 6}, 3 * 2 * COMPILED, 0),
 }
 
 
@@ -48,18 +59,29 @@ def test_activations_equal_hand_computed_bytes(changes: dict[str, Any], gpu: int
 @pytest.mark.parametrize(("layers", "pipeline", "held"), [(2, 2, 2), (3, 2, 4), (4, 2, 4), (5, 4, 8)])
 def test_first_pipeline_rank_holds_a_micro_batch_for_each_pipeline_rank(layers: int, pipeline: int, held: int):
     stage = tiny_stage(parallel=Parallel(pipeline=pipeline))
-    assert activation_bytes(stage, tiny_size(num_hidden_layers=layers)) == (held * LAYER, 0)
+    assert activation_bytes(stage, tiny_size(num_hidden_layers=layers)) == (held * COMPILED, 0)
+
+
+def test_layers_are_not_compiled_on_cpus():
+    assert activation_bytes(tiny_stage(), tiny_size(), on_gpus=False) == (2 * LAYER, 0)
+
+
+def test_several_graphs_of_expert_parallelism_save_what_a_layer_without_compiler_saves():
+    sizes, experts = model_size(TINY_QWEN3_MOE), Parallel(expert=2)
+    divided, plain = (activation_bytes(tiny_stage(parallel=experts, **changes), sizes) for changes in ({}, OFF))
+    assert divided == plain
+    assert activation_bytes(tiny_stage(), sizes) < plain
 
 
 PACKS: dict[str, Any] = {"kind": "sft", "sequence_length": 128}
 # changes of the stage, query heads, whether ranks have GPUs, saved elements per token. With heads of 16 elements: 2·8 + 64 as
 # above, and 2·(2+1)·16 = 96 in attention. Repeated keys and values add 2·(2-1)·16 = 32.
 SHARED_HEADS: dict[str, tuple[dict[str, Any], int, bool, int]] = {
-    "FlexAttention shares heads": ({}, 2, True, 176),
+    "FlexAttention shares heads": ({}, 2, True, 176 - 16),
     "CPUs repeat them": ({}, 2, False, 176 + 32),
-    "so does the kernel with a mask": ({"compile": "off"}, 2, True, 176 + 32),
-    "and the kernel of fp32": ({"precision": "fp32"}, 2, True, 176 + 32),
-    "three heads are no power of two": ({}, 3, True, 80 + 2 * 4 * 16 + 2 * 2 * 16),
+    "so does the kernel with a mask": (OFF, 2, True, 176 + 32),
+    "and the kernel of fp32": ({"precision": "fp32"}, 2, True, 176 - 16 + 32),
+    "three heads are no power of two": ({}, 3, True, 80 - 16 + 2 * 4 * 16 + 2 * 2 * 16),
 }
 
 
@@ -69,7 +91,8 @@ def test_packs_repeat_shared_heads_where_the_kernel_needs_it(
 ):
     stage, sizes = tiny_stage(**PACKS, **changes), tiny_size(head_dim=16, num_attention_heads=heads)
     tokens, width = 2 * 128, 4 if stage.precision == "fp32" else 2
-    expected = 2 * (elements * tokens * width + 16 * tokens * (4 + width))
+    copies = 4 if stage.compile == "off" or not on_gpus else 0
+    expected = 2 * (elements * tokens * width + 16 * tokens * (copies + width))
     assert activation_bytes(stage, sizes, on_gpus) == (expected, 0)
 
 

@@ -71,23 +71,21 @@ def test_more_is_recomputed_only_where_no_micro_batch_fits(tmp_path: Path):
 
 def test_nothing_fits(tmp_path: Path):
     with pytest.raises(
-        UserError, match=r"micro_batch_size 1 with activation_checkpointing full needs 1\.9 GiB"
+        UserError, match=r"micro_batch_size 1 with activation_checkpointing full needs 0\.1 GiB"
     ) as refused:
-        planned(tmp_path, 1e-3)
-    assert "90% of the 0.001 GiB of site centre" in refused.value.message
+        planned(tmp_path, 1e-6)
+    assert "90% of the 1e-06 GiB of site centre" in refused.value.message
     assert refused.value.hint == "use a smaller model, or GPUs with more memory, or shorten sequence_length"
 
 
 def test_the_remedy_of_auto_is_enough(tmp_path: Path):
-    """Half of what one GPU needs: ZeRO 1 on one GPU divides nothing."""
+    """Half of what one GPU needs: ZeRO 1 on one GPU divides nothing. The buckets of several GPUs are larger than this model."""
     memory_gib = needed_gib(tmp_path, 1, "full") / USED_SHARE / 2
     with pytest.raises(UserError) as refused:
         planned(tmp_path, memory_gib)
-    assert refused.value.hint == (
-        "set zero.stage to 3 and zero.offload_optimizer to cpu or use 4 GPUs with zero.stage 3, or shorten sequence_length"
-    )
-    assert planned(tmp_path, memory_gib, zero={"stage": 3, "offload_optimizer": "cpu"})
-    assert planned(tmp_path, memory_gib, zero={"stage": 3}, gpus_per_node=4)
+    assert refused.value.hint == "set zero.offload_optimizer to cpu, or shorten sequence_length"
+    offloaded = {f"stages.{number}.zero": {"stage": 1, "offload_optimizer": "cpu"} for number in (0, 1)}
+    assert plan_of(tmp_path, {**AUTO, **offloaded}, {"partitions.0.node.gpu_memory_gib": memory_gib})
 
 
 def test_a_pipeline_keeps_its_ranks_busy(tmp_path: Path):

@@ -1,6 +1,6 @@
 """The memory estimate, compared with numbers computed by hand and with peaks that a GPU measured.
 
-`make bench-memory` writes the measured peaks to bench/results/gpu_memory.txt.
+`make bench-memory` writes the measured peaks to bench/results/gpu_memory*.txt.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.gpu_memory import MODELS, OPTIONS, plan_options
+from bench.gpu_memory import GROUPS, OPTIONS, plan_options, record
 from bench.memory_plan import MODEL, TARGET, plan_175b
 from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel, Stage, Zero
@@ -18,18 +18,20 @@ from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memor
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
-MEASURED = REPOSITORY / "bench/results/gpu_memory.txt"
+RESULTS = REPOSITORY / "bench/results"
+RECORDED = ("dense", "mixture")
+"""Groups with a record. The rows of states in CPU memory or on a disk have none since layers are compiled."""
 SMALL_BUCKET = {"reduce_bucket_size": 1000}
 # ZeRO stage 1, bf16, 4 ranks: see test_model_state_memory.py and test_activation_memory.py for the parts.
 ZERO_1 = MemoryEstimate(
     weights=2 * 1352,
     gradients=2 * 1352,
     optimizer=12 * 1352 // 4,
-    activations=19456,
+    activations=2 * (88 + 16) * 32 * 2,
     logits=3872,
     gathered_weights=0,
     gradient_buckets=2 * 2 * 1000,
-    optimizer_step=6 * 1352 // 4,
+    optimizer_step=2 * 1352 // 4,
     host=0,
     locked=0,
     disk=0,
@@ -41,7 +43,7 @@ def test_estimate_of_zero_1_equals_hand_computed_bytes():
     memory = estimate_gpu_memory(tiny_stage(zero=Zero(stage=1, **SMALL_BUCKET)), tiny_size(), 4)
     assert memory == ZERO_1
     assert memory.model_states == 2704 + 2704 + 4056
-    assert memory.total == 9464 + 19456 + 3872 + 4000
+    assert memory.total == 9464 + 13312 + 3872 + 4000
 
 
 def test_optimizer_step_counts_if_it_is_larger_than_the_passes():
@@ -109,35 +111,33 @@ def test_experts_are_partitioned_over_fewer_ranks_than_other_weights():
     memory = estimate_gpu_memory(tiny_stage(parallel=Parallel(expert=2)), model_size(TINY_QWEN3_MOE), 4)
     assert memory.weights == 2 * (664 + 384)
     assert memory.optimizer == 12 * 664 // 4 + 12 * 384 // 2
-    assert memory.optimizer_step == 6 * 664 // 4 + 6 * 384 // 2
+    assert memory.optimizer_step == 2 * 664 // 4 + 2 * 384 // 2
 
 
-def measured_peaks() -> dict[tuple[str, str], tuple[float, float]]:
-    """Return (peak in GiB, relative difference of the loss) by model and option. A model's table begins with its name.
+def measured_peaks(group: str) -> dict[str, tuple[float, float]]:
+    """Return option -> (peak in GiB, relative difference of the loss to the plain run) of a group's record.
 
-    A row has the option, GiB planned, measured and held, planned / measured, and the difference to the plain run's losses.
+    A row has the option, GiB planned, measured and held, planned / measured, and the difference.
     """
-    peaks, model = {}, ""
-    for line in MEASURED.read_text().splitlines():
-        first, *rest = line.split() or [""]
-        model = first if first in MODELS else model
-        if first in OPTIONS and rest[0].replace(".", "").isdigit():
-            peaks[model, first] = float(rest[1]), float(rest[4])
-    return peaks
+    lines = (RESULTS / f"{record(group)}.txt").read_text().splitlines()
+    rows = [line.split() for line in lines]
+    return {row[0]: (float(row[2]), float(row[5])) for row in rows if len(row) == 6 and row[0] in OPTIONS}
 
 
-@pytest.mark.parametrize(("model", "option"), [(m, o) for m in ("dense", "mixture") for o in OPTIONS])
-def test_estimate_is_within_10_percent_of_the_measured_peak(model: str, option: str, tmp_path: Path):
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group in RECORDED for option in GROUPS[group][1]])
+def test_estimate_is_within_5_percent_of_the_measured_peak(group: str, option: str, tmp_path: Path):
     for name in ("corpus", "chats"):
         (tmp_path / f"{name}.jsonl").write_text("{}\n")
-    memory = plan_options(tmp_path, model).stage(option).memory
+    memory = plan_options(tmp_path, GROUPS[group][0]).stage(option).memory
     assert memory
-    assert memory.total / 2**30 == pytest.approx(measured_peaks()[model, option][0], rel=0.1)
+    assert memory.total / 2**30 == pytest.approx(measured_peaks(group)[option][0], rel=0.05)
 
 
-def test_measured_losses_of_all_options_equal_those_of_the_plain_run():
-    assert set(measured_peaks()) == {(model, option) for model in ("dense", "mixture") for option in OPTIONS}
-    assert max(difference for _, difference in measured_peaks().values()) < 1e-3  # in bf16
+@pytest.mark.parametrize("group", RECORDED)
+def test_measured_losses_of_all_options_equal_those_of_the_plain_run(group: str):
+    peaks = measured_peaks(group)
+    assert set(peaks) == set(GROUPS[group][1])
+    assert max(difference for _, difference in peaks.values()) < 2e-3  # in bf16
 
 
 def test_full_recomputation_saves_a_third_at_175_billion_parameters():

@@ -45,14 +45,14 @@ LARGE_BATCH = {
     ("share", "says", "changes"),
     [
         (0.9, "Set micro_batch_size to 32", {"stages.0.micro_batch_size": 32}),
-        (0.8, " or set zero.stage to 3", {"stages.0.zero": {"stage": 3}}),
+        (0.9, " or set zero.offload_optimizer to cpu", {"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}}),
         (
-            0.3,
-            "Set micro_batch_size to 1, activation_checkpointing to full, zero.stage to 3 and zero.offload_optimizer to cpu",
+            0.22,
+            "Set micro_batch_size to 1, activation_checkpointing to full and zero.offload_optimizer to cpu",
             {
                 "stages.0.micro_batch_size": 1,
                 "stages.0.activation_checkpointing": "full",
-                "stages.0.zero": {"stage": 3, "offload_optimizer": "cpu"},
+                "stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"},
             },
         ),
     ],
@@ -61,7 +61,7 @@ def test_the_plan_warns_of_activations_that_do_not_fit_and_names_what_is_enough(
     tmp_path: Path, share: float, says: str, changes: dict[str, Any]
 ):
     memory = plan_of(tmp_path, LARGE_BATCH).stages[0].memory
-    assert memory and memory.model_states < 0.1 * memory.total
+    assert memory and memory.model_states < 0.21 * memory.total
     limit = share * memory.total / GIB
     site = {"partitions.0.node.gpu_memory_gib": limit}
     (warning,) = plan_of(tmp_path, LARGE_BATCH, site).stages[0].warnings

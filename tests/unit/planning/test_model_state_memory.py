@@ -8,7 +8,7 @@ import pytest
 
 from longhaul.config.communication_config import Communication, PowerSgd
 from longhaul.config.model_size import model_size
-from longhaul.config.stage_config import Parallel, Zero
+from longhaul.config.stage_config import BadSteps, Parallel, Zero
 from longhaul.planning.constants_shared_with_trainer import swap_param_buffer_elements
 from longhaul.planning.model_state_memory import (
     ModelStates,
@@ -91,20 +91,29 @@ def test_swap_buffer_of_weights_holds_a_partition_of_the_largest_tensor(ranks: i
     assert swap_param_buffer_elements(tiny_size(), ranks) == elements
 
 
-@pytest.mark.parametrize(
-    ("zero", "precision", "expected"),
-    [
-        ({"stage": 1}, "bf16", (2 + 4) * 250),
-        ({"stage": 3}, "fp32", 4 * 250),
-        ({"stage": 0}, "fp32", 0),
-        ({"stage": 1, "offload_optimizer": "cpu"}, "bf16", 0),
-        ({"stage": 3, "offload_optimizer": "nvme"}, "bf16", 0),
-    ],
-)
-def test_optimizer_step_needs_a_flat_copy_of_gradients_and_its_fp32_copy(
-    zero: dict[str, Any], precision: str, expected: int
-):
-    assert optimizer_step_bytes(tiny_stage(zero=Zero(**zero), precision=precision), 1000, 4) == expected
+OPTIMIZER_STEPS: dict[str, tuple[dict[str, Any], bool, float]] = {
+    "one pass reads a flat copy of bf16 gradients": ({"zero": Zero(stage=1)}, True, 2),
+    "under ZeRO 3 they are flat already": ({"zero": Zero(stage=3)}, True, 0),
+    "FP8 has bf16 gradients": ({"zero": Zero(stage=1), "precision": "fp8"}, True, 2),
+    "CPUs also copy them in fp32": ({"zero": Zero(stage=1)}, False, 2 + 4),
+    "so do stages that wait for the result": (
+        {"zero": Zero(stage=1), "bad_steps": BadSteps(spike_factor=3)},
+        True,
+        2 + 4,
+    ),
+    "stages without a compiler": ({"zero": Zero(stage=1), "compile": "off"}, True, 2 + 4),
+    "pipelines": ({"zero": Zero(stage=1), "parallel": Parallel(pipeline=2)}, True, 2 + 4),
+    "and weights in CPU memory": ({"zero": Zero(stage=3, offload_param="cpu")}, True, 2 + 4),
+    "fp32 needs no other copy": ({"zero": Zero(stage=3), "precision": "fp32"}, True, 4),
+    "ZeRO 0 copies nothing": ({"zero": Zero(stage=0), "precision": "fp32"}, True, 0),
+    "an optimizer in CPU memory neither": ({"zero": Zero(stage=1, offload_optimizer="cpu")}, True, 0),
+    "nor one on a disk": ({"zero": Zero(stage=3, offload_optimizer="nvme")}, True, 0),
+}
+
+
+@pytest.mark.parametrize(("changes", "on_gpus", "per_parameter"), OPTIMIZER_STEPS.values(), ids=OPTIMIZER_STEPS)
+def test_optimizer_step_needs_copies_of_gradients(changes: dict[str, Any], on_gpus: bool, per_parameter: float):
+    assert optimizer_step_bytes(tiny_stage(**changes), 1000, 4, on_gpus) == per_parameter * 250
 
 
 # ZeRO settings, ranks, expected bytes in bf16: a layer has 592 parameters, the whole model 1352
@@ -150,10 +159,15 @@ def test_gathered_layer_is_split_by_tensor_and_expert_parallelism():
     ],
 )
 def test_gradient_buckets_equal_hand_computed_bytes(zero: dict[str, Any], expected: int):
-    assert gradient_bucket_bytes(tiny_stage(zero=Zero(**zero)), 1000) == expected
+    assert gradient_bucket_bytes(tiny_stage(zero=Zero(**zero)), 1000, 4) == expected
+
+
+@pytest.mark.parametrize(("stage", "expected"), [(1, 0), (2, 0), (3, 2 * 500_000_000)])
+def test_single_data_parallel_rank_needs_buckets_only_under_zero_3(stage: int, expected: int):
+    assert gradient_bucket_bytes(tiny_stage(zero=Zero.model_validate({"stage": stage})), 1000, 1) == expected
 
 
 @pytest.mark.parametrize(("parameters", "bucket"), [(1000, 1000), (10**8, 25_000_000)])
 def test_powersgd_keeps_two_errors_and_one_bucket_twice_in_fp32(parameters: int, bucket: int):
     stage = tiny_stage(communication=Communication(powersgd=PowerSgd()))
-    assert gradient_bucket_bytes(stage, parameters) == 4 * (2 * parameters + 2 * bucket)
+    assert gradient_bucket_bytes(stage, parameters, 4) == 4 * (2 * parameters + 2 * bucket)

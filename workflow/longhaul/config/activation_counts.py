@@ -26,21 +26,29 @@ def attention_width(c: HuggingFaceConfig) -> int:
 
 
 def saved_activations(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
-    """Return the elements that one layer saves for the backward pass without recomputation, except those inside norms.
+    """Return the elements that one layer saves for the backward pass and that tensor parallelism splits.
 
-    The count follows Korthikanti et al. 2022 (arXiv:2205.05198, section 4), adapted to RMSNorm, SwiGLU and attention without
-    a stored score matrix. It includes 2 norm outputs, q, k, v, the attention output, and gate, up, activation and product. A
-    sparse layer also saves the input and the output of each selected expert.
+    They are q, k, v, the attention output, and gate, up, activation and product of the MLP. The count follows Korthikanti et
+    al. 2022 (arXiv:2205.05198, section 4), adapted to RMSNorm, SwiGLU and attention without a stored score matrix.
     """
-    hidden, heads = c["hidden_size"], c["num_attention_heads"]
+    heads = c["num_attention_heads"]
     if has_latent_attention(c):
-        qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
-        latents = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
-        attention = heads * (2 * qk + 2 * c["v_head_dim"]) + latents
+        attention = heads * (2 * head_width(c) + 2 * c["v_head_dim"])
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * head_dim(c)
+    return attention + 4 * widest_mlp(c, sparse)
+
+
+def unsplit_activations(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
+    """Return the elements that one layer saves on every tensor rank, except those inside norms.
+
+    They are 2 norm outputs, MLA's compressions, and in a sparse layer the input and the output of each selected expert.
+    """
+    latents = 0
+    if has_latent_attention(c):
+        latents = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
     hidden_copies = 2 + (2 * c["num_experts_per_tok"] if any(sparse) else 0)
-    return hidden_copies * hidden + attention + 4 * _widest_mlp(c, sparse)
+    return hidden_copies * c["hidden_size"] + latents
 
 
 def repeated_key_values(c: HuggingFaceConfig) -> int:
@@ -73,10 +81,10 @@ def matmul_results(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * head_dim(c)
     experts = c["num_experts_per_tok"] * c["hidden_size"] if any(sparse) else 0
-    return attention + 2 * _widest_mlp(c, sparse) + experts
+    return attention + 2 * widest_mlp(c, sparse) + experts
 
 
-def _widest_mlp(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
+def widest_mlp(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
     """Return the largest inner MLP width that one token uses in a layer, summed over its experts."""
     experts = c["num_experts_per_tok"] + expert_counts(c)[1] if any(sparse) else 0
     return max(0 if all(sparse) else c["intermediate_size"], c.get("moe_intermediate_size", 0) * experts)

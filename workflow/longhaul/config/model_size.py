@@ -31,10 +31,12 @@ class ModelSize:
         head_width: elements of a query and a key of one head
     Elements per token and layer (longhaul.config.activation_counts):
         attention_width:     heads x (key width + value width)
-        saved_activations:   saved for the backward pass without recomputation, except those inside norms
+        saved_activations:   saved for the backward pass without recomputation, split by tensor parallelism
+        unsplit_activations: the same on every tensor rank, except those inside norms
         repeated_key_values: saved in addition if keys and values are repeated for each query head
         normed_elements:     pass through norms
         matmul_results:      produced by matmuls and attention
+        mlp_width:           inner MLP width that a token uses in a layer, summed over its experts
     """
 
     total: int
@@ -58,9 +60,11 @@ class ModelSize:
     head_width: int
     attention_width: int
     saved_activations: int
+    unsplit_activations: int
     repeated_key_values: int
     normed_elements: int
     matmul_results: int
+    mlp_width: int
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return the training FLOPs per token of a full sequence without document borders under a causal mask."""
@@ -116,7 +120,9 @@ def model_size(c: HuggingFaceConfig) -> ModelSize:
         head_width=activation_counts.head_width(c),
         attention_width=activation_counts.attention_width(c),
         saved_activations=activation_counts.saved_activations(c, sparse),
+        unsplit_activations=activation_counts.unsplit_activations(c, sparse),
         repeated_key_values=activation_counts.repeated_key_values(c),
         normed_elements=activation_counts.normed_elements(c),
         matmul_results=activation_counts.matmul_results(c, sparse),
+        mlp_width=activation_counts.widest_mlp(c, sparse),
     )

@@ -356,6 +356,10 @@ class Stage(FrozenModel):
         "changes.",
     )
 
+    def compiles_layers_on_gpus(self, has_experts: bool) -> bool:
+        """Return whether the decoder layers of this stage are compiled on GPUs; `has_experts` as in `why_not_compiled`."""
+        return self.compile == "auto" and self.why_not_compiled(has_experts) is None
+
     def why_not_compiled(self, has_experts: bool) -> str | None:
         """Return why the decoder layers of this stage are not compiled; None if they can be.
 

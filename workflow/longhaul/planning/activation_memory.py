@@ -19,19 +19,37 @@ def activation_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> tu
     tokens = stage.micro_batch_size * stage.sequence_length // parallel.sequence
     # The first rank of a 1F1B pipeline holds one micro batch per pipeline rank, each for its own layers.
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
-    # A norm saves its input in fp32 and the normalized value in compute precision. Tensor parallelism does not split norms.
-    norms = sizes.normed_elements * tokens * (4 + width)
-    saved = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage, sizes, on_gpus) else 0)
-    whole_layer = saved // parallel.tensor * tokens * width + norms
+    whole_layer = tokens * _saved_bytes_per_token(stage, sizes, on_gpus)
     layer_input = sizes.hidden_size * tokens * width
     if stage.activation_checkpointing == "none":
         return layers * whole_layer, 0
     if stage.activation_checkpointing == "offload":
         # Two inputs are on the GPU: that of the layer being recomputed, and the next one, which is copied back meanwhile.
         return 2 * layer_input + whole_layer, layers * layer_input
-    matmul_results = 2 * layer_input + sizes.matmul_results // parallel.tensor * tokens * width
+    # The two results that are added to the residual stream. A compiled layer needs the second one only in the forward pass.
+    added_results = 1 if _is_one_graph(stage, sizes, on_gpus) else 2
+    matmul_results = added_results * layer_input + sizes.matmul_results // parallel.tensor * tokens * width
     kept = layer_input + (matmul_results if stage.activation_checkpointing == "selective" else 0)
     return layers * kept + whole_layer, 0
+
+
+def _saved_bytes_per_token(stage: Stage, sizes: ModelSize, on_gpus: bool) -> int:
+    """Return the bytes per token that a layer saves for the backward pass without activation checkpointing.
+
+    A compiled layer recomputes what takes little time: the fp32 copies inside norms, and the activation function of the MLP
+    (torch's min_cut_rematerialization_partition; a test compares).
+    """
+    width = COMPUTE_BYTES[stage.precision]
+    split = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage, sizes, on_gpus) else 0)
+    recomputed, norm_copies = (sizes.mlp_width, 0) if _is_one_graph(stage, sizes, on_gpus) else (0, 4)
+    elements = (split - recomputed) // stage.parallel.tensor + sizes.unsplit_activations
+    return elements * width + sizes.normed_elements * (norm_copies + width)
+
+
+def _is_one_graph(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
+    """Return whether a layer is compiled as a whole. With expert parallelism it is several graphs, which save more."""
+    has_experts = any(sizes.is_sparse)
+    return on_gpus and stage.compiles_layers_on_gpus(has_experts) and not (has_experts and stage.parallel.expert > 1)
 
 
 def _repeats_key_values(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:

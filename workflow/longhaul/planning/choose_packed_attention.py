@@ -17,8 +17,7 @@ def skips_pairs_on_gpus(stage: Stage, sizes: ModelSize) -> bool:
     """
     return (
         stage.kind == "sft"
-        and stage.compile == "auto"
-        and stage.why_not_compiled(has_experts=any(sizes.is_sparse)) is None
+        and stage.compiles_layers_on_gpus(has_experts=any(sizes.is_sparse))
         and stage.parallel.sequence == 1
         and stage.sequence_length % BLOCK_TOKENS == 0
         and sizes.head_width >= _SMALLEST_HEAD

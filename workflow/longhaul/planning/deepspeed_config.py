@@ -14,6 +14,7 @@ from longhaul.planning.constants_shared_with_trainer import (
     SWAP_PARAM_BUFFERS,
     SWAP_SUB_GROUP_ELEMENTS,
 )
+from longhaul.planning.model_state_memory import reduces_gradients
 from longhaul.planning.plan import StagePlan
 
 _OPTIONAL_KEYS = ("reduce_bucket_size", "allgather_bucket_size")
@@ -82,8 +83,7 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": zero.stage}
     if zero.stage == 0:
         return section
-    # A single data-parallel rank reduces nothing before ZeRO 3: copies into buckets would only cost time.
-    reduces = plan.data_parallel > 1 or zero.stage == 3
+    reduces = reduces_gradients(plan.stage, plan.data_parallel)  # else, copies into buckets would only cost time
     # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
     overlap_comm = reduces and zero.overlap_comm and plan.stage.communication.powersgd is None
     section |= {"overlap_comm": overlap_comm, "contiguous_gradients": reduces and zero.contiguous_gradients}

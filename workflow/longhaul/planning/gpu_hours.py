@@ -93,7 +93,7 @@ def stage_features(stage: Stage, sizes: ModelSize, site: Site) -> dict[str, Any]
         "zero_3": zero.stage == 3,
         "long": stage.sequence_length > _LONG_SEQUENCE,
         "network": "none" if stage.nodes == 1 else network,
-        "compiled": stage.compile == "auto" and stage.why_not_compiled(any(sizes.is_sparse)) is None,
+        "compiled": stage.compiles_layers_on_gpus(any(sizes.is_sparse)),
     }
 
 

@@ -119,9 +119,9 @@ def _pipeline_rank_memory(
         activations=activations + attention_mask_bytes(stage, sizes, on_gpus),
         logits=logits_bytes(stage, sizes),
         gathered_weights=gathered_weight_bytes(stage, sizes, data_parallel, parameters),
-        gradient_buckets=gradient_bucket_bytes(stage, parameters),
-        optimizer_step=optimizer_step_bytes(stage, other_parameters, data_parallel)
-        + optimizer_step_bytes(stage, expert_parameters, expert_data_parallel),
+        gradient_buckets=gradient_bucket_bytes(stage, parameters, data_parallel),
+        optimizer_step=optimizer_step_bytes(stage, other_parameters, data_parallel, on_gpus)
+        + optimizer_step_bytes(stage, expert_parameters, expert_data_parallel, on_gpus),
         host=states.host + offloaded_activations + locked,
         locked=locked,
         disk=states.disk,

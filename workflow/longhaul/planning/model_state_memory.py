@@ -99,12 +99,26 @@ def snapshot_bytes(stage: Stage, parameters: int, partition: int) -> int:
     return optimizer + (COMPUTE_BYTES[stage.precision] * parameters if stage.zero.stage < 3 else 0)
 
 
-def optimizer_step_bytes(stage: Stage, parameters: int, ranks: int) -> int:
-    """Return the additional bytes of the optimizer step: a flat copy of the partition's gradients, and its fp32 copy."""
+def optimizer_step_bytes(stage: Stage, parameters: int, ranks: int, on_gpus: bool = True) -> int:
+    """Return the additional bytes of the optimizer step: a flat copy of the partition's gradients, and its fp32 copy.
+
+    An update in one pass reads the gradients in their own precision. Under ZeRO 3 they are flat already.
+    """
     if stage.zero.stage == 0 or stage.zero.offload_optimizer != "none":
         return 0
     width = COMPUTE_BYTES[stage.precision]
+    if on_gpus and _updates_in_one_pass(stage):
+        return 0 if stage.zero.stage == 3 else width * parameters // ranks
     return (width + (0 if width == 4 else 4)) * parameters // ranks
+
+
+def _updates_in_one_pass(stage: Stage) -> bool:
+    """Return whether the trainer updates a partition in one pass on GPUs (train/detect_bad_steps.py)."""
+    is_bf16 = stage.precision in ("bf16", "fp8")
+    waits_for_result = stage.bad_steps.spike_factor or stage.communication.powersgd
+    is_whole_model = stage.parallel.pipeline == 1
+    is_on_gpu = stage.zero.offload_optimizer == stage.zero.offload_param == "none"
+    return is_bf16 and is_on_gpu and is_whole_model and stage.compile == "auto" and not waits_for_result
 
 
 def gathered_weight_bytes(stage: Stage, sizes: ModelSize, ranks: int, parameters: int) -> int:
@@ -125,13 +139,18 @@ def gathered_weight_bytes(stage: Stage, sizes: ModelSize, ranks: int, parameters
     return COMPUTE_BYTES[stage.precision] * max(layer, kept)
 
 
-def gradient_bucket_bytes(stage: Stage, parameters: int) -> int:
-    """Return the bytes of the buffers for gradient reduction."""
+def reduces_gradients(stage: Stage, ranks: int) -> bool:
+    """Return whether ZeRO puts gradients into buckets. A single data-parallel rank reduces nothing before ZeRO 3."""
+    return stage.zero.stage > 0 and (ranks > 1 or stage.zero.stage == 3)
+
+
+def gradient_bucket_bytes(stage: Stage, parameters: int, ranks: int) -> int:
+    """Return the bytes of the buffers for gradient reduction over this number of data-parallel ranks."""
     if stage.communication.powersgd:
         # All in fp32: the compression error of all gradients before and after the step; one bucket's gradients and their copy.
         return 4 * (2 * parameters + 2 * min(POWERSGD_BUCKET_ELEMENTS, parameters))
     zero = stage.zero
-    if zero.stage == 0 or not zero.contiguous_gradients:
+    if not reduces_gradients(stage, ranks) or not zero.contiguous_gradients:
         return 0
     # With overlap there are two: one is filled while the other is reduced. ZeRO-3 takes gradients out at once and has one.
     count = 2 if zero.stage < 3 and zero.overlap_comm else 1

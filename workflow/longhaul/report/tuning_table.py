@@ -54,7 +54,7 @@ def tuning_rows(plan: Plan, stage: StagePlan) -> Iterator[list[str]]:
     for setting in settings_of(stage.stage, stage.sizes, plan.site, stage.world_size):
         chosen = setting.stage
         samples = chosen.global_batch_size // stage.data_parallel
-        compiled = bool(plan.site.node.gpus) and chosen.compile == "auto" and not chosen.why_not_compiled(has_experts)
+        compiled = bool(plan.site.node.gpus) and chosen.compiles_layers_on_gpus(has_experts)
         yield [
             chosen.activation_checkpointing,
             str(chosen.micro_batch_size),

@@ -29,17 +29,14 @@ _NOT_COMPILED = "decoder layers run without torch.compile"
 
 def compiles_layers(stage: Stage, model: Any, device: torch.device) -> bool:
     """Return whether the trainer compiles the decoder layers of a stage's Hugging Face causal LM on this device."""
-    return _is_asked(stage, device) and stage.why_not_compiled(_has_experts(model)) is None
+    return device.type == "cuda" and stage.compiles_layers_on_gpus(_has_experts(model))
 
 
 def not_compiled_line(stage: Stage, model: Any, device: torch.device) -> str | None:
     """Return the line for the log of a stage whose layers run without torch.compile although it asks for it, else None."""
     reason = stage.why_not_compiled(_has_experts(model))
-    return f"{_NOT_COMPILED}: {reason}" if _is_asked(stage, device) and reason else None
-
-
-def _is_asked(stage: Stage, device: torch.device) -> bool:
-    return stage.compile == "auto" and device.type == "cuda"
+    is_asked = stage.compile == "auto" and device.type == "cuda"
+    return f"{_NOT_COMPILED}: {reason}" if is_asked and reason else None
 
 
 def _has_experts(model: Any) -> bool:
