@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tests.support.pipeline_run import REPOSITORY
@@ -11,6 +12,13 @@ from tests.support.small_configs import CHAT, DEEPSEEK, DEEPSEEK_V2, LLAMA, SITE
 def stages(*changes: dict[str, Any]) -> list[dict[str, Any]]:
     """Return one stage per argument: STAGE with these keys changed."""
     return [{**STAGE, **change} for change in changes]
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    """Write texts to files. files: path below the folder -> text"""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
 
 
 QWEN3_MOE = {
@@ -191,6 +199,15 @@ SITES: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
 ]
 
 # (mistake, changes of the config, changes of the site, texts in the message)
+_QUIZ = {"tasks": ["quiz"], "files": ["quiz.yaml"]}
+_SERVED = {"tasks": ["arc_easy"], "engine": "server"}
+_VLLM = {"engine": "vllm", "python": ["/bin/sh"]}
+"""An engine that is installed: the plan looks for the program alone."""
+_WIDE = {"model.llama": {**LLAMA, "hidden_size": 512, "intermediate_size": 512, "num_key_value_heads": 4}}
+_OFFLOAD = {
+    f"stages.{index}.zero": {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"} for index in (0, 1)
+}
+
 CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ("misspelt key", {"datsets": {}}, {}, ("datsets is not a known key", "did you mean datasets?")),
     ("misspelt stage key", {"stages.0.gradient_cliping": 1}, {}, ("stages.base.gradient_cliping", "known key")),
@@ -1149,4 +1166,321 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"interconnect": {"limits": {"all_reduce_gbps": 400000}}},
         ("all_reduce_gbps", "400000 is above 5,000 GB/s", "write GB/s (1,000 MB/s, or 8 Gbit/s)"),
     ),
+    # mistakes that are tried in test_config_remedies.py, too
+    (
+        "shares of a schedule above 1",
+        {"stages.0.schedule": {"kind": "wsd", "warmup_steps": 0.6, "decay_steps": 0.6}},
+        {},
+        ("stages.base.schedule: warmup_steps 0.6 + decay_steps 0.6 exceed the stage", "reduce them"),
+    ),
+    (
+        "fp8 without a GPU",
+        {"stages.0.precision": "fp8"},
+        {"partitions.0.node.gpus": 0, "accelerator": "cpu"},
+        ("stages.base: precision fp8 on site centre, which has no GPU", "set precision to bf16 or fp32"),
+    ),
+    (
+        "fp8 on AMD GPUs",
+        {"stages.0.precision": "fp8"},
+        {"accelerator": {"rocm": "7.0"}},
+        ("precision fp8 on site centre, which has AMD GPUs", "set precision to bf16"),
+    ),
+    (
+        "fp8 on older GPUs",
+        {"stages.0.precision": "fp8"},
+        {"partitions.0.gpu_type": "a100"},
+        ("precision fp8 on GPUs of type a100", "use a partition with newer GPUs"),
+    ),
+    (
+        "fp8 with a remainder of tokens",
+        {"stages.0.precision": "fp8", "stages.0.sequence_length": 60},
+        {},
+        ("precision fp8 with 60 tokens for each rank and micro batch", "a multiple of 16"),
+    ),
+    (
+        "more GPUs than the only node has",
+        {"stages.0.gpus_per_node": 16, "stages.0.global_batch_size": 16},
+        {"partitions.0.max_nodes": 1},
+        ("stages.base.gpus_per_node 16: site centre has 8 GPUs per node", "remedy: use at most 8\n"),
+    ),
+    (
+        "more processes than cores",
+        {"stages.0.gpus_per_node": 65, "stages.0.global_batch_size": 65},
+        {"partitions.0.node.gpus": 0, "accelerator": "cpu"},
+        ("stages.base.gpus_per_node 65: site centre has 64 CPU cores", "use at most 64"),
+    ),
+    (
+        "minutes that end before a save",
+        {"stages.0.minutes": 1, "stages.1.minutes": 60},
+        {"checkpoint_write_gb_per_s": 0.1},
+        (
+            "stages.base.minutes 1: a save of 0.0 GB",
+            "set minutes to 2 or more, or recovery.stop_margin_s to at most 59",
+        ),
+    ),
+    (
+        "a save that takes longer than the minutes",
+        {"stages.0.minutes": 1},
+        {"checkpoint_write_gb_per_s": 1e-5},
+        ("stages.base.minutes 1: a save of 0.0 GB", "set minutes to 5 or more\n"),
+    ),
+    (
+        "too little memory for auto",
+        {"stages.0.micro_batch_size": "auto"},
+        {"partitions.0.node.gpu_memory_gib": 0.001},
+        ("stages.base: micro_batch_size 1", "GPUs with more memory"),
+    ),
+    # names
+    (
+        "mixture of a mixture",
+        {
+            "datasets.m": {"kind": "text", "mixture": {"prose": 1}},
+            "datasets.n": {"kind": "text", "mixture": {"m": 1}},
+        },
+        {},
+        ("datasets.n.mixture: m is a mixture itself", "list the datasets of that mixture"),
+    ),
+    (
+        "tokenizer of chats",
+        {"tokenizer.train.datasets": ["chats"]},
+        {},
+        ("tokenizer.train.datasets: chats is of kind chat", "use datasets of kind text"),
+    ),
+    # evaluation
+    *(
+        (f"task file {mistake}", {"stages.1.export": "last", "stages.1.evaluate": evaluate}, {}, expected)
+        for mistake, evaluate, expected in (
+            ("without a name", _QUIZ, ("quiz.yaml has no key `task`", "a name, data, a metric")),
+            ("with code", _QUIZ, ("quiz.yaml has the key include", "write all keys of the task into the file")),
+            ("without data", _QUIZ, ("quiz.yaml has no key `dataset_path`", "a repository of the Hub")),
+            (
+                "with a list of data",
+                _QUIZ,
+                ("dataset_kwargs is ['a.jsonl'] and no mapping", "{data_files: FILE.jsonl}"),
+            ),
+            ("with an unknown key", _QUIZ, ("quiz.yaml has the key docs_to_text", "correct or remove it")),
+            (
+                "without data files",
+                _QUIZ,
+                ("dataset_path is json, and dataset_kwargs has no data_files", "name them in"),
+            ),
+            ("with a folder", _QUIZ, ("dataset_path ./data is no repository of the Hub", "use one of")),
+            ("with a web page", _QUIZ, ("reads https://a.example/b.jsonl, which has no revision", "download it")),
+            ("with two repositories", _QUIZ, ("the data are in a/b@main and c/d@main", "write a task for each")),
+            (
+                "with a metric alone",
+                _QUIZ,
+                ("metric_list is 'acc', and no list of items", "write it as [{metric: acc}]"),
+            ),
+            (
+                "with an unknown metric",
+                _QUIZ,
+                ("the metric rouge is not part of lm_eval", "use metrics of lm_eval: acc,"),
+            ),
+            ("with a metric of the Hub", _QUIZ, ("hf_evaluate of the metric acc", "remove hf_evaluate")),
+            ("with an unknown aggregation", _QUIZ, ("no aggregation sum for the metric acc", "mean")),
+            (
+                "without its data file",
+                _QUIZ,
+                ("quiz.yaml reads none.jsonl, which does not exist", "relative to the folder"),
+            ),
+            ("that nothing names", {**_QUIZ, "tasks": ["arc_easy"]}, ("no task of stages.chat", "add quiz to tasks")),
+            (
+                "twice",
+                {**_QUIZ, "files": ["quiz.yaml", "./quiz.yaml"]},
+                ("two files define the task quiz", "change `task` in one of them, and add it to tasks"),
+            ),
+        )
+    ),
+    (
+        "start model of random weights",
+        {"stages.0.export": "last", "stages.0.evaluate": {"tasks": ["arc_easy"], "starting_model": True}},
+        {},
+        ("stages.base.evaluate.starting_model: the stage starts from random weights", "remove the key"),
+    ),
+    (
+        "start model without an export",
+        {"stages.1.export": "last", "stages.1.evaluate": {"tasks": ["arc_easy"], "starting_model": True}},
+        {},
+        ("the stage starts from the last checkpoint of base, whose export is none", "set stages.base.export to last"),
+    ),
+    (
+        "two evaluations with one name",
+        {
+            "stages.0.export": "last",
+            "stages.0.evaluate": {"tasks": ["trained-quiz"]},
+            "stages.1.export": "last",
+            "stages.1.name": "base-trained",
+            "stages.1.evaluate": {"tasks": ["quiz"]},
+        },
+        {},
+        ("task quiz and task trained-quiz of stage base have the same job name", "another name"),
+    ),
+    # serving
+    *(
+        (mistake, {"stages.1.export": "last", **config}, site, expected)
+        for mistake, config, site, expected in (
+            (
+                "evaluation by a server without log probabilities",
+                {"stages.1.evaluate": _SERVED},
+                {},
+                ("stages.chat.evaluate.engine is server", "serving.engine in the site file to vllm or sglang"),
+            ),
+            (
+                "another Python inside of a container",
+                {"stages.1.evaluate": _SERVED},
+                {"serving": _VLLM, "software": {"kind": "container", "path": "/images/job.sif"}},
+                ("inside of the job environment's container, /bin/sh", "use an image with vllm"),
+            ),
+            (
+                "Python of the engine that is missing",
+                {"stages.1.serve_check": {}},
+                {"serving": {"engine": "vllm", "python": ["/none/python"]}},
+                ("serving.python: /none/python is no program", "correct serving.python"),
+            ),
+            (
+                "engine without its package",
+                {"stages.1.serve_check": {"answer_tokens": 16}},
+                {"serving.engine": "sglang"},
+                ("serving.engine sglang needs the package sglang", "set serving.python in the site file to its Python"),
+            ),
+            (
+                "answers of a check longer than the context",
+                {"stages.1.serve_check": {"answer_tokens": 40}, "stages.1.serve": {"context": 64}},
+                {"serving": _VLLM},
+                ("stages.chat.serve_check.answer_tokens 40", "at most 32, or increase serve.context"),
+            ),
+            (
+                "answers of a check longer than the model's positions",
+                {"stages.1.serve_check": {"answer_tokens": 97}},
+                {"serving": _VLLM},
+                ("stages.chat.serve_check.answer_tokens 97", "remedy: set answer_tokens to at most 96\n"),
+            ),
+            (
+                "context longer than the model's positions",
+                {"stages.1.serve": {"context": 129}},
+                {"serving.engine": "vllm"},
+                ("stages.chat.serve.context 129", "set serve.context to at most 128"),
+            ),
+            (
+                "requests at once with transformers",
+                {"stages.1.serve": {"max_running_requests": 8}},
+                {},
+                ("stages.chat.serve.max_running_requests 8: engine transformers", "remove the key"),
+            ),
+            (
+                "expert ranks with transformers",
+                {"model": {"deepseek_v3": DEEPSEEK}, "stages.1.serve": {"expert_parallel": True}},
+                {},
+                ("stages.chat.serve.expert_parallel is true, but engine transformers", "a site with GPUs"),
+            ),
+            (
+                "expert ranks of a dense model",
+                {"stages.1.serve": {"expert_parallel": True}},
+                {"serving.engine": "vllm"},
+                ("stages.chat.serve.expert_parallel is true, but the model has no experts", "remove the key"),
+            ),
+            (
+                "server on more nodes than the site has",
+                {"stages.1.serve": {"nodes": 17}},
+                {"serving.engine": "vllm"},
+                ("stages.chat.serve.nodes 17 exceeds the limit", "set serve.nodes to at most 16"),
+            ),
+            (
+                "server for longer than the partition allows",
+                {"stages.1.serve": {"minutes": 1441}},
+                {"serving.engine": "vllm"},
+                ("stages.chat.serve.minutes 1441 exceeds max_minutes 1440", "set serve.minutes to at most 1440"),
+            ),
+            (
+                "server with more ranks than layers",
+                {"stages.1.serve": {"nodes": 2}},
+                {"serving.engine": "vllm"},
+                ("2 layers for pipeline ranks", "remedy: set serve.gpus_per_node to 4 or serve.nodes to 1\n"),
+            ),
+            (
+                "server with more nodes than layers",
+                {"stages.1.serve": {"nodes": 16, "gpus_per_node": 7}},
+                {"serving.engine": "vllm"},
+                ("2 layers for pipeline ranks", "set serve.nodes to 1 and serve.gpus_per_node to 4"),
+            ),
+            (
+                "weights larger than the GPUs of a server",
+                {"stages.1.serve": {"nodes": 1, "gpus_per_node": 1, "context": 64}, **_WIDE, **_OFFLOAD},
+                {"serving.engine": "vllm", "partitions.0.node.gpu_memory_gib": 0.008},
+                (
+                    "the weights are 0.0 GiB on the fullest GPU",
+                    "remedy: set serve.nodes to 2, or set export_dtype to fp8\n",
+                ),
+            ),
+            (
+                "KV cache larger than the GPUs of a server",
+                {"stages.1.serve": {"nodes": 1, "gpus_per_node": 1, "concurrency": 300}},
+                {"serving.engine": "vllm", "partitions.0.node.gpu_memory_gib": 0.01, "partitions.0.max_nodes": 1},
+                ("product is at most 32575, or remove serve.gpus_per_node and set serve.nodes to 1",),
+            ),
+            (
+                "weights larger than the memory of the only node",
+                {"stages.1.serve": {}, **_WIDE},
+                {
+                    "serving.engine": "vllm",
+                    "partitions.0.node.gpus": 0,
+                    "accelerator": "cpu",
+                    "partitions.0.node.memory_mb": 2,
+                },
+                ("the weights are", "use a site with more nodes, or more memory in each"),
+            ),
+            (
+                "biases that an engine leaves out",
+                {"model.llama.mlp_bias": True, "stages.1.serve": {}},
+                {"serving.engine": "sglang"},
+                ("sglang cannot serve this model: it leaves out biases", "to vllm or transformers"),
+            ),
+            (
+                "tied embeddings on pipeline ranks",
+                {"model.llama.tie_word_embeddings": True, "stages.1.serve": {"nodes": 2, "gpus_per_node": 4}},
+                {"serving.engine": "sglang"},
+                ("sglang cannot serve a llama with tie_word_embeddings on 2", "set serve.nodes to 1"),
+            ),
+            (
+                "factors that an engine does not read",
+                {"stages.1.export_dtype": "fp8", "stages.1.serve": {}, **_WIDE},
+                {"serving.engine": "sglang"},
+                ("SGLang reads no factors of blocks for a llama", "set export_dtype to bf16, or serving.engine"),
+            ),
+            (
+                "matrices with a part of a block",
+                {"stages.1.export_dtype": "fp8", "stages.1.serve": {}},
+                {"serving.engine": "sglang"},
+                ("num_attention_heads x head_dim is 64, no multiple", "set export_dtype to bf16"),
+            ),
+        )
+    ),
 ]
+
+_TASK = "task: quiz\ndataset_path: a/b\n"
+FILES: dict[str, dict[str, str]] = {
+    "task file without a name": {"quiz.yaml": "dataset_path: a/b\n"},
+    "task file with code": {"quiz.yaml": f"{_TASK}include: other.yaml\n"},
+    "task file without data": {"quiz.yaml": "task: quiz\n"},
+    "task file with a list of data": {"quiz.yaml": f"{_TASK}dataset_kwargs: [a.jsonl]\n"},
+    "task file with an unknown key": {"quiz.yaml": f"{_TASK}docs_to_text: a\n"},
+    "task file without data files": {"quiz.yaml": "task: quiz\ndataset_path: json\n"},
+    "task file with a folder": {"quiz.yaml": "task: quiz\ndataset_path: ./data\n"},
+    "task file with a web page": {"quiz.yaml": f"{_TASK}dataset_kwargs: {{data_files: https://a.example/b.jsonl}}\n"},
+    "task file with two repositories": {
+        "quiz.yaml": f"{_TASK}dataset_kwargs: {{data_files: [x.jsonl, hf://datasets/c/d/x.jsonl]}}\n"
+    },
+    "task file with a metric alone": {"quiz.yaml": f"{_TASK}metric_list: acc\n"},
+    "task file with an unknown metric": {"quiz.yaml": f"{_TASK}metric_list: [{{metric: rouge}}]\n"},
+    "task file with a metric of the Hub": {"quiz.yaml": f"{_TASK}metric_list: [{{metric: acc, hf_evaluate: true}}]\n"},
+    "task file with an unknown aggregation": {
+        "quiz.yaml": f"{_TASK}metric_list: [{{metric: acc, aggregation: sum}}]\n"
+    },
+    "task file without its data file": {
+        "quiz.yaml": "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: none.jsonl}\n"
+    },
+    "task file that nothing names": {"quiz.yaml": _TASK},
+    "task file twice": {"quiz.yaml": _TASK},
+}
+"""Files beside the config, for mistakes in them: name of the mistake -> path -> text."""

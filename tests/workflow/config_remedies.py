@@ -38,6 +38,17 @@ _OFFLOAD = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "cpu"}
 
 _ON_8_GPUS = [{f"stages.{index}.zero": {"stage": 3}, f"stages.{index}.gpus_per_node": 8} for index in (0, 1)]
 
+_PYTHON = {"python": ["/bin/sh"]}
+_OF_THIS_MACHINE = "dataset_kwargs: {data_files: {test: quiz.jsonl}}"
+_OF_THE_HUB = "dataset_kwargs: {data_files: hf://datasets/a/b/x.jsonl}"
+
+
+def _quiz(*lines: str) -> dict[str, str]:
+    """Return a task file with these lines; its data are in a repository of the Hub unless a line says otherwise."""
+    data = () if any(line.startswith("dataset_path") for line in lines) else ("dataset_path: a/b",)
+    return {"quiz.yaml": "\n".join(("task: quiz", *data, *lines, "")), "quiz.jsonl": '{"text": "One question."}\n'}
+
+
 REMEDIES: dict[str, list[Remedy]] = {
     # names
     "mixture with an unknown dataset": [Remedy("use some of prose", {"datasets.m.mixture": {"prose": 1}})],
@@ -132,13 +143,12 @@ REMEDIES: dict[str, list[Remedy]] = {
     ],
     # the site's limits
     "more GPUs than a node has": [
-        Remedy(
-            "use more nodes with fewer GPUs each",
-            {"stages.0.gpus_per_node": 8, "stages.0.nodes": 2, "stages.0.global_batch_size": 16},
-        )
+        Remedy("use at most 8", {"stages.0.gpus_per_node": 8}),
+        Remedy("on more nodes", {"stages.0.gpus_per_node": 8, "stages.0.nodes": 2, "stages.0.global_batch_size": 16}),
     ],
     "checks on more GPUs than a node has": [
-        Remedy("use more nodes with fewer GPUs each", {"checks.gpus_per_node": 8, "checks.nodes": 2})
+        Remedy("use at most 8", {"checks.gpus_per_node": 8}),
+        Remedy("on more nodes", {"checks.gpus_per_node": 8, "checks.nodes": 2}),
     ],
     "more nodes than the site has": [
         Remedy("use at most 16 nodes", {"stages.0.nodes": 16, "stages.0.global_batch_size": 16}),
@@ -291,4 +301,176 @@ REMEDIES: dict[str, list[Remedy]] = {
         Remedy("remove one of them", {"stages.0.communication.powersgd": None}),
         Remedy("remove one of them", {"stages.0.communication.data_type": ...}),
     ],
+    # schedule, precision, memory
+    "shares of a schedule above 1": [
+        Remedy("reduce them", {"stages.0.schedule.warmup_steps": 0.1, "stages.0.schedule.decay_steps": 0.2})
+    ],
+    "fp8 without a GPU": _PRECISIONS,
+    "fp8 on AMD GPUs": [Remedy("set precision to bf16", {"stages.0.precision": "bf16"})],
+    "fp8 on older GPUs": [
+        Remedy("set precision to bf16", {"stages.0.precision": "bf16"}),
+        Remedy("use a partition with newer GPUs", {}, {"partitions.0.gpu_type": "h100"}),
+    ],
+    "fp8 with a remainder of tokens": [
+        Remedy("make micro_batch_size times sequence_length a multiple of 16", keys)
+        for keys in ({"stages.0.sequence_length": 64}, {"stages.0.micro_batch_size": 4})
+    ],
+    "more GPUs than the only node has": [Remedy("use at most 8", {"stages.0.gpus_per_node": 8})],
+    "more processes than cores": [
+        Remedy("use at most 64", {"stages.0.gpus_per_node": 64, "stages.0.global_batch_size": 64})
+    ],
+    "minutes that end before a save": [
+        Remedy("set minutes to 2 or more", {"stages.0.minutes": 2}),
+        Remedy("recovery.stop_margin_s to at most 59", {"stages.0.recovery.stop_margin_s": 59}),
+    ],
+    "a save that takes longer than the minutes": [
+        Remedy("set minutes to 5 or more", {"stages.0.minutes": 5, "stages.1.minutes": 5})
+    ],
+    "too little memory for auto": [
+        Remedy("GPUs with more memory", {}, {"partitions.0.node.gpu_memory_gib": 80}),
+    ],
+    "mixture of a mixture": [
+        Remedy("list the datasets of that mixture, with weights multiplied", {"datasets.n.mixture": {"prose": 1}})
+    ],
+    "tokenizer of chats": [Remedy("use datasets of kind text", {"tokenizer.train.datasets": ["prose"]})],
+    # evaluation
+    "task file without a name": [Remedy("a name, data, a metric", files=_quiz("metric_list: [{metric: acc}]"))],
+    "task file with code": [Remedy("write all keys of the task into the file", files=_quiz('doc_to_text: "{{text}}"'))],
+    "task file without data": [
+        Remedy("a repository of the Hub", files=_quiz()),
+        Remedy("json", files=_quiz("dataset_path: json", _OF_THE_HUB)),
+    ],
+    "task file with a list of data": [
+        Remedy("{data_files: FILE.jsonl}", files=_quiz("dataset_kwargs: {data_files: a.jsonl}"))
+    ],
+    "task file with an unknown key": [
+        Remedy("correct or remove it", files=_quiz("doc_to_text: a")),
+        Remedy("correct or remove it", files=_quiz()),
+    ],
+    "task file without data files": [
+        Remedy(
+            "name them in dataset_kwargs.data_files",
+            files=_quiz("dataset_path: json", "test_split: test", _OF_THIS_MACHINE),
+        )
+    ],
+    "task file with a folder": [
+        Remedy(
+            "name them in dataset_kwargs.data_files",
+            files=_quiz("dataset_path: json", "test_split: test", _OF_THIS_MACHINE),
+        )
+    ],
+    "task file with a web page": [
+        Remedy(
+            "download it and give the path", files=_quiz("dataset_path: json", "test_split: test", _OF_THIS_MACHINE)
+        ),
+        Remedy("name a file of the Hub", files=_quiz("dataset_path: json", _OF_THE_HUB)),
+    ],
+    "task file with two repositories": [
+        Remedy("write a task for each repository", files=_quiz("dataset_kwargs: {data_files: x.jsonl}")),
+        Remedy(
+            "download the files, and name them", files=_quiz("dataset_path: json", "test_split: test", _OF_THIS_MACHINE)
+        ),
+    ],
+    "task file with a metric alone": [
+        Remedy("write it as [{metric: acc}]", files=_quiz("metric_list: [{metric: acc}]"))
+    ],
+    "task file with an unknown metric": [
+        Remedy("use metrics of lm_eval: acc", files=_quiz("metric_list: [{metric: acc}]"))
+    ],
+    "task file with a metric of the Hub": [Remedy("remove hf_evaluate", files=_quiz("metric_list: [{metric: acc}]"))],
+    "task file with an unknown aggregation": [
+        Remedy("mean", files=_quiz("metric_list: [{metric: acc, aggregation: mean}]"))
+    ],
+    "task file without its data file": [
+        Remedy(
+            "give the path of the data file", files=_quiz("dataset_path: json", "test_split: test", _OF_THIS_MACHINE)
+        )
+    ],
+    "task file that nothing names": [
+        Remedy("add quiz to tasks", {"stages.1.evaluate.tasks": ["arc_easy", "quiz"]}),
+        Remedy("remove the file", {"stages.1.evaluate.files": []}),
+    ],
+    "task file twice": [
+        Remedy(
+            "change `task` in one of them, and add it to tasks",
+            {"stages.1.evaluate.tasks": ["quiz", "other"], "stages.1.evaluate.files": ["quiz.yaml", "other.yaml"]},
+            files={"other.yaml": "task: other\ndataset_path: a/b\n"},
+        )
+    ],
+    "start model of random weights": [Remedy("remove the key", {"stages.0.evaluate.starting_model": ...})],
+    "start model without an export": [
+        Remedy("set stages.base.export to last", {"stages.0.export": "last"}),
+        Remedy("remove the key", {"stages.1.evaluate.starting_model": ...}),
+    ],
+    "two evaluations with one name": [Remedy("give one of the two stages another name", {"stages.1.name": "chat"})],
+    # serving
+    "evaluation by a server without log probabilities": [
+        *(Remedy(name, {}, {"serving": _PYTHON | {"engine": name}}) for name in ("vllm", "sglang")),
+        Remedy("remove the key", {"stages.1.evaluate.engine": ...}),
+    ],
+    "another Python inside of a container": [
+        Remedy("use an image with vllm and remove serving.python", {}, {"serving.python": ...}),
+        Remedy("remove the key", {"stages.1.evaluate.engine": ...}),
+    ],
+    "Python of the engine that is missing": [Remedy("correct serving.python", {}, {"serving.python": ["/bin/sh"]})],
+    "engine without its package": [
+        Remedy("set serving.python in the site file to its Python", {}, {"serving.python": ["/bin/sh"]})
+    ],
+    "answers of a check longer than the context": [
+        Remedy("set answer_tokens to at most 32", {"stages.1.serve_check.answer_tokens": 32}),
+        Remedy("increase serve.context", {"stages.1.serve.context": 72}),
+    ],
+    "answers of a check longer than the model's positions": [
+        Remedy("set answer_tokens to at most 96", {"stages.1.serve_check.answer_tokens": 96})
+    ],
+    "context longer than the model's positions": [
+        Remedy("set serve.context to at most 128", {"stages.1.serve.context": 128})
+    ],
+    "requests at once with transformers": [
+        Remedy("remove the key", {"stages.1.serve": {}}),
+        *(Remedy(name, {}, {"serving.engine": name}) for name in ("vllm", "sglang")),
+    ],
+    "expert ranks with transformers": [
+        Remedy("remove the key", {"stages.1.serve": {}}),
+        *(Remedy(f"{name}", {}, {"serving.engine": name}) for name in ("vllm", "sglang")),
+    ],
+    "expert ranks of a dense model": [Remedy("remove the key", {"stages.1.serve": {}})],
+    "server on more nodes than the site has": [
+        Remedy("set serve.nodes to at most 16", {"stages.1.serve.nodes": 16, "model.llama.num_hidden_layers": 32})
+    ],
+    "server for longer than the partition allows": [
+        Remedy("set serve.minutes to at most 1440", {"stages.1.serve.minutes": 1440})
+    ],
+    "server with more ranks than layers": [
+        Remedy("set serve.gpus_per_node to 4", {"stages.1.serve.gpus_per_node": 4}),
+        Remedy("serve.nodes to 1", {"stages.1.serve.nodes": 1}),
+    ],
+    "server with more nodes than layers": [
+        Remedy(
+            "set serve.nodes to 1 and serve.gpus_per_node to 4", {"stages.1.serve": {"nodes": 1, "gpus_per_node": 4}}
+        )
+    ],
+    "weights larger than the GPUs of a server": [
+        Remedy("set serve.nodes to 2", {"stages.1.serve.nodes": 2}),
+        Remedy("set export_dtype to fp8", {"stages.1.export_dtype": "fp8"}),
+    ],
+    "KV cache larger than the GPUs of a server": [
+        Remedy("so that their product is at most", {"stages.1.serve.concurrency": 254}),
+        Remedy("remove serve.gpus_per_node and set serve.nodes to 1", {"stages.1.serve.gpus_per_node": ...}),
+    ],
+    "weights larger than the memory of the only node": [
+        Remedy("more memory in each", {}, {"partitions.0.node.memory_mb": 4000})
+    ],
+    "biases that an engine leaves out": [
+        Remedy(name, {}, {"serving.engine": name}) for name in ("vllm", "transformers")
+    ],
+    "tied embeddings on pipeline ranks": [
+        Remedy("set serve.nodes to 1 and serve.gpus_per_node to a divisor", {"stages.1.serve.nodes": 1}),
+        Remedy("serving.engine in the site file to vllm", {}, {"serving.engine": "vllm"}),
+    ],
+    "factors that an engine does not read": [
+        Remedy("set export_dtype to bf16", {"stages.1.export_dtype": "bf16"}),
+        Remedy("serving.engine in the site file to vllm", {}, {"serving.engine": "vllm"}),
+    ],
+    "matrices with a part of a block": [Remedy("set export_dtype to bf16", {"stages.1.export_dtype": "bf16"})],
 }

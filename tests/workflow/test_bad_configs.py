@@ -20,22 +20,22 @@ from longhaul.config.site_config import Site
 from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config, write_weights
-from tests.workflow.bad_configs import CONFIGS
+from tests.workflow.bad_configs import CONFIGS, FILES, write_files
 
 KEYS = {*Config.model_fields, *Site.model_fields}
 
 
-@pytest.mark.parametrize(
-    ("config", "site", "expected"), [case[1:] for case in CONFIGS], ids=[case[0] for case in CONFIGS]
-)
+@pytest.mark.parametrize(("name", "config", "site", "expected"), CONFIGS, ids=[case[0] for case in CONFIGS])
 def test_mistake_in_config_or_site_is_reported(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    name: str,
     config: dict[str, Any],
     site: dict[str, Any],
     expected: tuple[str, ...],
 ):
     path = write_config(tmp_path, config, site)
+    write_files(tmp_path, FILES.get(name, {}))
     before = files_below(tmp_path)
     message = refused_message(capsys, "plan", str(path))
     assert [text for text in expected if text not in message] == [], message
@@ -43,6 +43,18 @@ def test_mistake_in_config_or_site_is_reported(
     first_keys = re.findall(rf"{re.escape(str(tmp_path))}/(?:run|site)\.yaml: (\w*)", message)
     assert {*first_keys} <= KEYS | {*config, *site}, "a line must begin with the file and the key"
     assert files_below(tmp_path) == before
+
+
+def assert_planned(config: Path) -> None:
+    with pytest.raises(SystemExit) as exited:
+        main(["plan", str(config)])
+    assert not exited.value.code
+
+
+def write_model(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG_JSON))
+    write_weights(folder / "model.safetensors", CONFIG_JSON)
 
 
 CONFIG_JSON = {"model_type": "llama", "tie_word_embeddings": False, **LLAMA}
@@ -264,7 +276,7 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
 
 
 @pytest.mark.parametrize(("model", "files", "expected"), PRETRAINED.values(), ids=PRETRAINED)
-def test_unusable_pretrained_folder_is_reported(
+def test_unusable_pretrained_folder_is_reported_until_it_is_complete(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], model: Any, files: dict[str, str], expected: str
 ):
     folder = tmp_path / "model"
@@ -273,10 +285,13 @@ def test_unusable_pretrained_folder_is_reported(
         (folder / name).write_text(content)
     path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
     assert expected.replace("MODEL", str(folder)) in refused_message(capsys, "plan", str(path))
+    shutil.rmtree(folder)
+    write_model(folder)
+    assert_planned(path)
 
 
 @pytest.mark.parametrize("axis", ["pipeline", "sequence"])
-def test_sliding_window_that_the_layout_would_ignore_is_reported(
+def test_sliding_window_that_the_layout_would_ignore_is_reported_until_the_remedy_is_followed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], axis: str
 ):
     window = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0}
@@ -285,10 +300,14 @@ def test_sliding_window_that_the_layout_would_ignore_is_reported(
     layout = {"stages.0.parallel": {axis: 2}, "stages.0.gpus_per_node": 2, "model": {"pretrained": {"path": "."}}}
     message = refused_message(capsys, "plan", str(write_config(tmp_path, layout)))
     assert f"parallel.{axis} 2 with sequence_length 64: the model's sliding_window 32" in message
-    assert "sequence_length to at most 32" in message
+    assert f"set parallel.{axis} to 1, or sequence_length to at most 32" in message
+    for remedy in ({f"stages.0.parallel.{axis}": 1}, {"stages.0.sequence_length": 32}):
+        assert_planned(write_config(tmp_path, {**layout, **remedy}))
 
 
-def test_deep_json_and_devices_in_a_pretrained_folder_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_deep_json_and_devices_in_a_pretrained_folder_are_reported_until_it_is_complete(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     path = write_config(tmp_path, {"model": {"pretrained": {"path": "model"}}})
     (tmp_path / "model").mkdir()
     config, weights = tmp_path / "model" / "config.json", tmp_path / "model" / "model.safetensors"
@@ -301,6 +320,9 @@ def test_deep_json_and_devices_in_a_pretrained_folder_are_reported(tmp_path: Pat
     config.write_text(json.dumps(CONFIG_JSON))
     os.mkfifo(weights)
     assert "model.safetensors is not a file" in refused_message(capsys, "plan", str(path))
+    weights.unlink()
+    write_model(tmp_path / "model")
+    assert_planned(path)
 
 
 @pytest.mark.parametrize("name", ["model", "model/config.json", "model/model.safetensors"])
@@ -319,11 +341,8 @@ def test_loop_of_links_in_a_pretrained_folder_is_reported(
 
 
 def test_complete_pretrained_folder_is_accepted(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG_JSON))
-    write_weights(tmp_path / "model.safetensors", CONFIG_JSON)
-    with pytest.raises(SystemExit) as exited:
-        main(["plan", str(write_config(tmp_path, {"model": {"pretrained": {"path": "."}}}))])
-    assert not exited.value.code
+    write_model(tmp_path)
+    assert_planned(write_config(tmp_path, {"model": {"pretrained": {"path": "."}}}))
     assert "base" in capsys.readouterr().out
 
 
@@ -395,17 +414,20 @@ TEXTS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize(("content", "expected"), TEXTS.values(), ids=TEXTS)
-def test_unreadable_config_file_is_reported(
+def test_unreadable_config_file_is_reported_until_it_is_corrected(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, expected: str
 ):
     path = tmp_path / "run.yaml"
     path.write_bytes(content)
     assert expected in refused_message(capsys, "plan", str(path))
     assert files_below(tmp_path) == {"run.yaml"}
+    assert_planned(write_config(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["run.yaml", "site.yaml"])
-def test_pipe_or_device_as_config_or_site_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str):
+def test_what_is_no_file_as_config_or_site_is_reported_until_it_is_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+):
     config = write_config(tmp_path)
     (tmp_path / name).unlink()
     os.mkfifo(tmp_path / name)
@@ -413,11 +435,21 @@ def test_pipe_or_device_as_config_or_site_is_reported(tmp_path: Path, capsys: py
     (tmp_path / name).unlink()
     (tmp_path / name).symlink_to("/dev/zero")
     assert "is a pipe or a device" in refused_message(capsys, "plan", str(config))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to(name)  # root can read every file, but not this one
+    message = refused_message(capsys, "plan", str(config))
+    assert str(tmp_path / name) in message and ("symbolic links" in message or "Symlink loop" in message)
+    (tmp_path / name).unlink()
+    assert_planned(write_config(tmp_path))
 
 
-def test_missing_config_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_missing_config_is_reported_until_a_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "does not exist" in refused_message(capsys, "plan", str(tmp_path / "no.yaml"))
     assert "is a folder" in refused_message(capsys, "plan", str(tmp_path))
+    large = tmp_path / "large.yaml"
+    large.write_text("#" * 20_000_000)
+    assert "has 20000000 bytes; a config or site file has at most" in refused_message(capsys, "plan", str(large))
+    assert_planned(write_config(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["rn: a\n", "- run\n", "run: [a\n"], ids=["bad key", "no keys", "no YAML"])

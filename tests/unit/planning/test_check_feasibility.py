@@ -362,7 +362,7 @@ SHAPES: list[tuple[dict[str, Any], Site, tuple[str, str] | None]] = [
         site(BIG),
         (
             "stages.base.gpus_per_node 9: site centre has 8 GPUs per node in partition big",
-            "use more nodes with fewer GPUs each",
+            "use at most 8, on more nodes",
         ),
     ),
     (
@@ -416,7 +416,7 @@ JOB_LIMITS: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
         {"checks": {"gpus_per_node": 9}},
         (
             "checks.gpus_per_node 9: site centre has 8 GPUs per node in partition quick",
-            "use more nodes with fewer GPUs each",
+            "use at most 8, on more nodes",
         ),
     ),
     ({"checks": {"minutes": 16}}, ("checks.minutes 16: partition quick allows 15", "use at most 15 minutes")),
@@ -468,7 +468,7 @@ def test_an_allocation_must_be_longer_than_save_and_margin():
     assert refusal(check_save_time, *saving(minutes=2)) == (
         "stages.base.minutes 2: a save of 45.0 GB takes about 90 s, and recovery.stop_margin_s is 30 s: no checkpoint can be "
         "saved before the allocation ends",
-        "increase minutes, or reduce recovery.stop_margin_s",
+        "set minutes to 3 or more, or recovery.stop_margin_s to at most 29",
     )
     assert refusal(check_save_time, tiny_stage(minutes=2), 45 * 10**9, site()) is None, "unknown write rate"
 

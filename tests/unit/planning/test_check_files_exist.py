@@ -81,27 +81,34 @@ def test_pattern_without_a_match_is_refused(tmp_path: Path):
     )
 
 
-def test_unusable_files_are_refused_with_the_remedy(tmp_path: Path):
+def test_unusable_files_are_refused_until_the_remedy_is_followed(tmp_path: Path):
     (tmp_path / "a.txt").touch()
     assert refusal(tmp_path, {"datasets.prose": PROSE}) == (
         "datasets.prose.files: FOLDER/a.txt is empty",
-        "remove the file from the list",
+        "fill or remove the file, or set the dataset's bad_rows to skip",
     )
+    assert plan_of(tmp_path, {"datasets.prose": {**PROSE, "bad_rows": "skip"}})
+    (tmp_path / "b.txt").write_text("text")
+    (tmp_path / "a.txt").unlink()
+    assert plan_of(tmp_path, {"datasets.prose": {**PROSE, "files": ["*.txt"]}})
+    (tmp_path / "b.txt").unlink()
     (tmp_path / "a.txt").write_text("text")
     assert refusal(tmp_path, {"datasets.prose": {**PROSE, "files": ["*.txt", "a.txt"]}}) == (
         "datasets.prose.files: FOLDER/a.txt is listed twice",
         "list each file once",
     )
+    assert plan_of(tmp_path, {"datasets.prose": {**PROSE, "files": ["*.txt"]}})
 
 
 @pytest.mark.parametrize("bad", ["{", "}", "\n", "\x1f", "\ud800", "\udfff"])
-def test_name_that_snakemake_or_json_cannot_represent_is_refused(tmp_path: Path, bad: str):
+def test_name_that_snakemake_or_json_cannot_represent_is_refused_until_it_is_renamed(tmp_path: Path, bad: str):
     with pytest.raises(UserError) as refused:
         _check_file_name("key", Path(f"a{bad}b"))
     assert refused.value.message == (
         f"key: the path {f'a{bad}b'!r} contains {bad!r}, which Snakemake or JSON cannot represent"
     )
     assert refused.value.hint == "rename the file or its folder"
+    _check_file_name("key", Path("a_b"))
 
 
 def test_other_special_characters_may_be_in_a_name():
@@ -119,8 +126,10 @@ def test_evaluation_files_are_expanded_and_must_not_be_empty(tmp_path: Path):
     (tmp_path / "evals/1.txt").write_text("")
     assert refusal(tmp_path, {"datasets.prose": prose}) == (
         "datasets.prose.decontaminate.files: FOLDER/evals/1.txt is empty",
-        "remove the file from the list",
+        "fill or remove the file",
     )
+    (tmp_path / "evals/1.txt").unlink()
+    assert plan_of(tmp_path, {"datasets.prose": prose})
 
 
 def test_files_below_a_folder_are_found_at_any_depth(tmp_path: Path):

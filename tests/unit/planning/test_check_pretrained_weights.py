@@ -54,12 +54,17 @@ def test_weights_of_another_config_are_refused_until_it_is_restored(
     check_pretrained_weights(tmp_path, CONFIG)
 
 
-def test_a_tensor_in_two_files_and_a_damaged_header_are_refused(tmp_path: Path):
+def test_a_tensor_in_two_files_or_a_damaged_header_is_refused_until_removed(tmp_path: Path):
     write_weights(tmp_path / "a.safetensors", CONFIG)
     add_tensors(tmp_path / "b.safetensors", "model.norm.weight")
     assert "model.norm.weight is in two files, the second is b.safetensors" in refusal(tmp_path, CONFIG)
     (tmp_path / "b.safetensors").write_text("short")
     assert "b.safetensors has 5 bytes" in refusal(tmp_path, CONFIG)
+    header = json.dumps({"model.norm.bias": {"dtype": "F32", "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    assert "no valid safetensors header: model.norm.bias has no shape" in refusal(tmp_path, CONFIG)
+    (tmp_path / "b.safetensors").unlink()
+    check_pretrained_weights(tmp_path, CONFIG)
 
 
 def test_what_a_folder_may_hold_beside_the_model_is_accepted(tmp_path: Path):

@@ -65,7 +65,7 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {"tasks": ["quiz"], "files": ["quiz.yaml"]},
             {"metric_list": [{"metric": "exact_match", "hf_evaluate": True}]},
             {},
-            "the metric exact_match is not part of lm_eval",
+            "hf_evaluate of the metric exact_match downloads Python code",
         ),
         (
             {"tasks": ["quiz"], "files": ["quiz.yaml"]},
@@ -73,7 +73,12 @@ def _working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             {},
             "lm_eval has no aggregation sum for the metric acc",
         ),
-        ({"tasks": ["quiz"], "files": ["quiz.yaml"]}, {"metric_list": "acc"}, {}, "metric_list is no list of items"),
+        (
+            {"tasks": ["quiz"], "files": ["quiz.yaml"]},
+            {"metric_list": "acc"},
+            {},
+            "metric_list is 'acc', and no list of items",
+        ),
         (
             {"tasks": ["quiz"], "files": ["quiz.yaml"]},
             {"dataset_kwargs": ["quiz.jsonl"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_a_folder_has_one_format_unless_the_format_is_set(tmp_path: Path):
         "name the files with a glob such as folder/**/*.jsonl, or set `format` to read all of them in one way",
     )
     assert found(tmp_path, "", "text") == ["1.jsonl", "2.jsonl", "3.txt", "4.sha256"]
+    assert found(tmp_path, "**/*.jsonl") == ["1.jsonl", "2.jsonl"]
 
 
 def test_the_example_of_another_format_differs_from_the_first_file(tmp_path: Path):
@@ -88,13 +90,16 @@ def test_linked_folders_are_followed(tmp_path: Path, pattern: str):
 
 
 @pytest.mark.parametrize("pattern", ["data", "data/**/*.jsonl"])
-def test_a_loop_of_links_is_refused(tmp_path: Path, pattern: str):
+def test_a_loop_of_links_is_refused_until_it_is_removed(tmp_path: Path, pattern: str):
     write(tmp_path, "data/a/1.jsonl")
     (tmp_path / "data" / "a" / "back").symlink_to(tmp_path / "data")
     assert refusal(tmp_path, pattern) == (
         f"{KEY}: FOLDER/data/a/back is a link to a folder above it",
         "remove the link, or name other folders",
     )
+    assert found(tmp_path, "data/a/1.jsonl") == ["data/a/1.jsonl"]
+    (tmp_path / "data" / "a" / "back").unlink()
+    assert found(tmp_path, pattern) == ["data/a/1.jsonl"]
 
 
 BAD_ENTRIES: dict[str, tuple[Callable[[Path], None], str, str]] = {
@@ -109,18 +114,39 @@ BAD_ENTRIES: dict[str, tuple[Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize(("make", "message", "remedy"), BAD_ENTRIES.values(), ids=BAD_ENTRIES)
 @pytest.mark.parametrize("pattern", ["data", "data/*.jsonl", "data/**/*.jsonl"])
-def test_what_is_no_file_is_refused(
+def test_what_is_no_file_is_refused_until_it_is_removed(
     tmp_path: Path, make: Callable[[Path], None], message: str, remedy: str, pattern: str
 ):
     write(tmp_path, "data/1.jsonl")
     make(tmp_path / "data" / "2.jsonl")
     assert refusal(tmp_path, pattern) == (f"{KEY}: FOLDER/data/2.jsonl {message}", remedy)
+    (tmp_path / "data" / "2.jsonl").unlink()
+    assert found(tmp_path, pattern) == ["data/1.jsonl"]
 
 
 def test_a_pipe_that_is_named_itself_is_refused(tmp_path: Path):
     os.mkfifo(tmp_path / "1.jsonl")
     message = f"{KEY}: FOLDER/1.jsonl is a pipe or a device, not a file"
     assert refusal(tmp_path, "1.jsonl") == (message, "name a file, or a folder of files")
+    write(tmp_path, "data/1.jsonl")
+    assert found(tmp_path, "data/1.jsonl") == found(tmp_path, "data") == ["data/1.jsonl"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused_until_it_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write(tmp_path, "data/1.jsonl")
+    refused = PermissionError(errno.EACCES, "Permission denied", "data")  # root reads every folder
+
+    def refuse(_path: Path) -> None:
+        raise refused
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "scandir", refuse)
+        assert refusal(tmp_path, "data") == (
+            f"{KEY}: cannot read data: Permission denied",
+            "make it readable, or name other files",
+        )
+        assert found(tmp_path, "data/1.jsonl") == ["data/1.jsonl"]
+    assert found(tmp_path, "data") == ["data/1.jsonl"]
 
 
 @pytest.mark.parametrize("pattern", ["/", "/**/*.txt", "~", "~/**"])
@@ -146,6 +172,8 @@ def test_a_folder_with_too_many_entries_is_refused(tmp_path: Path, monkeypatch: 
     assert len(found(tmp_path, "")) == 3
     write(tmp_path, ".hidden")
     assert refusal(tmp_path, "") == (f"{KEY}: FOLDER has more than 3 entries", "name a smaller folder")
+    write(tmp_path, "small/1.txt")
+    assert found(tmp_path, "small") == ["small/1.txt"]
 
 
 @pytest.mark.parametrize("pattern", ["no.txt", "no/*.txt", "1.txt/*.txt", "no/**/*.txt"])

@@ -75,7 +75,7 @@ def test_nothing_fits(tmp_path: Path):
     ) as refused:
         planned(tmp_path, 1e-6)
     assert "90% of the 1e-06 GiB of site centre" in refused.value.message
-    assert refused.value.hint == "use a smaller model, or GPUs with more memory, or shorten sequence_length"
+    assert refused.value.hint == "use a smaller model, or GPUs with more memory"
 
 
 def test_the_remedy_of_auto_is_enough(tmp_path: Path):
@@ -83,9 +83,17 @@ def test_the_remedy_of_auto_is_enough(tmp_path: Path):
     memory_gib = needed_gib(tmp_path, 1, "full") / USED_SHARE / 2
     with pytest.raises(UserError) as refused:
         planned(tmp_path, memory_gib)
-    assert refused.value.hint == "set zero.offload_optimizer to cpu, or shorten sequence_length"
+    assert refused.value.hint == "set zero.offload_optimizer to cpu"
     offloaded = {f"stages.{number}.zero": {"stage": 1, "offload_optimizer": "cpu"} for number in (0, 1)}
     assert plan_of(tmp_path, {**AUTO, **offloaded}, {"partitions.0.node.gpu_memory_gib": memory_gib})
+
+
+def test_a_shorter_sequence_is_a_remedy_where_it_is_enough(tmp_path: Path):
+    memory_gib = 0.99999 * needed_gib(tmp_path, 1, "full") / USED_SHARE
+    with pytest.raises(UserError) as refused:
+        planned(tmp_path, memory_gib)
+    assert refused.value.hint.endswith(", or shorten sequence_length to 32")
+    assert planned(tmp_path, memory_gib, sequence_length=32)
 
 
 def test_a_pipeline_keeps_its_ranks_busy(tmp_path: Path):

@@ -84,10 +84,12 @@ def test_larger_limit_gives_more_numbers_to_try():
     assert node_counts(1) == [1] and node_counts(10) == [1, 2, 3, 4, 6, 8, 10] and node_counts(64)[-1] == 64
 
 
-def test_site_without_gpu_memory_is_refused(tmp_path: Path):
+def test_site_without_gpu_memory_is_refused_until_it_is_added(tmp_path: Path):
     plan = plan_of(tmp_path)
     with pytest.raises(UserError, match="states no gpu_memory_gib"):
         smallest_fits(plan.stages[0].stage, REFERENCE_MODELS["DeepSeek-R1"], plan.site)
+    added = plan_of(tmp_path, None, {"partitions.0.node.gpus": 8, "partitions.0.node.gpu_memory_gib": 80}).site
+    assert smallest_fits(plan.stages[0].stage, REFERENCE_MODELS["DeepSeek-R1"], added)
 
 
 def test_every_way_is_in_the_result(site: Site):

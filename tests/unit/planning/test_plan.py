@@ -90,7 +90,7 @@ def test_slow_save_gives_a_warning_or_an_error(tmp_path: Path):
     assert "takes about 90 s, longer than recovery.stop_margin_s 60" in warning
     with pytest.raises(UserError, match=r"stages.base.minutes 2: a save of .* takes about 90 s") as refused:
         plan_of(tmp_path, {"stages.0.minutes": 2}, site)
-    assert refused.value.hint == "increase minutes, or reduce recovery.stop_margin_s"
+    assert refused.value.hint == "set minutes to 3 or more, or recovery.stop_margin_s to at most 30"
 
 
 def rerun_keys(folder: Path, config: dict[str, Any] | None = None) -> tuple[str, str]:

@@ -20,7 +20,10 @@ from longhaul.config.parameter_counts import (
 )
 from longhaul.errors import UserError
 
-WRONG_WEIGHTS_HINT = "the weights do not belong to this config.json, or the download is incomplete"
+WRONG_WEIGHTS_HINT = (
+    "copy or download the whole model again: these weights do not belong to this config.json, or some are missing"
+)
+TWO_FILES_HINT = "remove one of the two files from the folder"
 _LISTED_KEYS = 5
 # Folders of older transformers releases hold these buffers. As transformers does, longhaul computes them from config.json.
 _DERIVED = ".rotary_emb.inv_freq"

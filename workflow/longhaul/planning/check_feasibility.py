@@ -264,7 +264,7 @@ def _check_nodes_and_ranks(where: str, nodes: int, gpus_per_node: int, site: Sit
     if node.gpus and gpus_per_node > node.gpus:
         raise UserError(
             f"{where}.gpus_per_node {gpus_per_node}: site {site.name} has {node.gpus} GPUs per node in {partition.title}",
-            "use more nodes with fewer GPUs each",
+            f"use at most {node.gpus}" + (", on more nodes" if partition.max_nodes > nodes else ""),
         )
     if not node.gpus and gpus_per_node > node.cpus:
         raise UserError(
@@ -283,10 +283,12 @@ def check_save_time(stage: Stage, save_bytes: int, site: Site) -> None:
     """Raise UserError if an allocation ends before a checkpoint can be saved."""
     save_s, stop_margin_s = checkpoint_write_s(save_bytes, site), stage.recovery.stop_margin_s
     if save_s + stop_margin_s >= 60 * stage.minutes:
+        enough, rest_s = math.floor((save_s + stop_margin_s) / 60) + 1, math.ceil(60 * stage.minutes - save_s) - 1
         raise UserError(
             f"stages.{stage.name}.minutes {stage.minutes}: a save of {save_bytes / 1e9:.1f} GB takes about {save_s:.0f} s, and "
             f"recovery.stop_margin_s is {stop_margin_s:g} s: no checkpoint can be saved before the allocation ends",
-            "increase minutes, or reduce recovery.stop_margin_s",
+            f"set minutes to {enough} or more"
+            + (f", or recovery.stop_margin_s to at most {rest_s}" if rest_s >= 0 else ""),
         )
 
 

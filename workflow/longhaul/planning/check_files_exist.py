@@ -170,7 +170,8 @@ def _checked_files(every: Sequence[FoundFiles], key: str, file_format: str, allo
             _check_file_name(key, path)
             check_format(key, path, file_format)
             if path.stat().st_size == 0 and not allow_empty:
-                raise UserError(f"{key}: {path} is empty", "remove the file from the list")
+                skipped = "" if key.endswith("decontaminate.files") else ", or set the dataset's bad_rows to skip"
+                raise UserError(f"{key}: {path} is empty", f"fill or remove the file{skipped}")
             first = files.setdefault(path.resolve(), path)
             if first is not path:
                 problem = f"{path} is listed twice" if first == path else f"{path} is the same file as {first}"

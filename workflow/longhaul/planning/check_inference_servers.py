@@ -49,5 +49,6 @@ def check_job_servers(stage: Stage, serving: ServingPlan) -> None:
         raise UserError(
             f"stages.{stage.name}.serve_check.answer_tokens {answer}: with a prompt of {LOGITS_PROMPT_TOKENS} tokens this is "
             f"longer than the server's context of {serving.context} tokens",
-            f"set answer_tokens to at most {serving.context - LOGITS_PROMPT_TOKENS}, or increase serve.context",
+            f"set answer_tokens to at most {serving.context - LOGITS_PROMPT_TOKENS}"
+            + (", or increase serve.context" if stage.serve and stage.serve.context else ""),
         )

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 
 from longhaul.config.field_types import HuggingFaceConfig
-from longhaul.config.hub_tensors import WRONG_WEIGHTS_HINT, check_names, check_shape, hub_tensors
+from longhaul.config.hub_tensors import TWO_FILES_HINT, WRONG_WEIGHTS_HINT, check_names, check_shape, hub_tensors
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.pretrained_format import mtp_prefixes
 from longhaul.config.safetensors_header import safetensors_header
@@ -49,7 +49,7 @@ def _stored_shapes(folder: Path, left_out: tuple[str, ...]) -> dict[str, tuple[i
             if name == "__metadata__" or name.startswith(left_out):
                 continue
             if name in stored:
-                raise UserError(f"{folder}: {name} is in two files, the second is {path.name}", WRONG_WEIGHTS_HINT)
+                raise UserError(f"{folder}: {name} is in two files, the second is {path.name}", TWO_FILES_HINT)
             stored[name] = _shape(path, name, entry)
     return stored
 

@@ -157,15 +157,21 @@ def _name_run_in_data_files(config: dict[str, Any], run: str) -> dict[str, Any]:
 
 def _check_metrics(where: str, metrics: Any) -> None:
     """Raise UserError unless lm_eval itself has every metric and aggregation of a task's key `metric_list`."""
-    hint = f"use metrics of lm_eval: {', '.join(sorted(METRICS))}"
     if not isinstance(metrics, list) or not all(isinstance(item, dict) and "metric" in item for item in metrics):
-        raise UserError(f"{where}: metric_list is no list of items such as {{metric: acc, aggregation: mean}}", hint)
+        raise UserError(
+            f"{where}: metric_list is {metrics!r}, and no list of items with a metric",
+            "write it as [{metric: acc}], for example",
+        )
     for item in metrics:
         name, aggregation = item["metric"], item.get("aggregation", "mean")
-        if not isinstance(name, str) or name not in METRICS or item.get("hf_evaluate"):
+        if item.get("hf_evaluate"):
+            raise UserError(
+                f"{where}: hf_evaluate of the metric {name} downloads Python code of the Hub", "remove hf_evaluate"
+            )
+        if not isinstance(name, str) or name not in METRICS:
             raise UserError(
                 f"{where}: the metric {name} is not part of lm_eval, which would download Python code of the Hub and run it",
-                hint,
+                f"use metrics of lm_eval: {', '.join(sorted(METRICS))}",
             )
         if not isinstance(aggregation, str) or aggregation not in AGGREGATIONS:
             raise UserError(
@@ -199,7 +205,10 @@ def check_evaluations(loaded: LoadedConfig) -> None:
                 )
         names = [file.task for file in files]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise UserError(f"{key}.files: two files define the task {twice[0]}", "rename one of them")
+            raise UserError(
+                f"{key}.files: two files define the task {twice[0]}",
+                "change `task` in one of them, and add it to tasks",
+            )
         if stage.evaluate and stage.evaluate.starting_model:
             _check_starting_model(loaded.config, stage)
     _check_job_names(loaded.config)

@@ -64,8 +64,18 @@ def fit_memory(stage: Stage, sizes: ModelSize | None, site: Site, world_size: in
         f"{smallest.stage.activation_checkpointing} needs {needed_gib(smallest.needed_gib * GIB)} GiB per GPU; "
         f"{USED_SHARE:.0%} of the {limit_gib:g} GiB of site {site.name} are {available_gib(usable)} GiB",
         fitting_settings(smallest.stage, sizes, site, lambda memory: memory.total <= usable)
-        + ", or shorten sequence_length",
+        + _shorter_sequence(smallest.stage, sizes, site, world_size),
     )
+
+
+def _shorter_sequence(stage: Stage, sizes: ModelSize, site: Site, world_size: int) -> str:
+    """Return the end of the remedy: half of the sequence length, or a half of that, with which the stage fits; else nothing."""
+    length = stage.sequence_length
+    while length % (2 * stage.parallel.sequence) == 0:
+        length //= 2
+        if _setting(stage.model_copy(update={"sequence_length": length}), sizes, site, world_size).fits:
+            return f", or shorten sequence_length to {length}"
+    return ""
 
 
 def settings_of(stage: Stage, sizes: ModelSize, site: Site, world_size: int) -> list[Setting]:

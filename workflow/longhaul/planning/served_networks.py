@@ -136,16 +136,16 @@ def _check_fp8(stage: Stage, model: HuggingFaceConfig, engine: EngineName) -> No
     SGLang's Llama looks for the factors under the name of another format, and computes without them.
     """
     where = f"stages.{stage.name}: {engine} cannot serve this model with export_dtype fp8"
-    if engine == "sglang" and model["model_type"] == "llama":
-        raise UserError(
-            f"{where}: SGLang reads no factors of blocks for a llama",
-            "set export_dtype to bf16, or serving.engine in the site file to vllm",
-        )
     for name, width in (*_joined_widths(model), *_input_widths(model)):
         if width % FP8_BLOCK:
             raise UserError(
                 f"{where}: {name} is {width}, no multiple of the block size {FP8_BLOCK}", "set export_dtype to bf16"
             )
+    if engine == "sglang" and model["model_type"] == "llama":  # after the widths: vllm needs them, too
+        raise UserError(
+            f"{where}: SGLang reads no factors of blocks for a llama",
+            "set export_dtype to bf16, or serving.engine in the site file to vllm",
+        )
 
 
 def _joined_widths(c: HuggingFaceConfig) -> Iterator[tuple[str, int]]:

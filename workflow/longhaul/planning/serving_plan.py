@@ -80,7 +80,7 @@ def plan_serving(stage: Stage, model: HuggingFaceConfig, site: Site) -> ServingP
         if _fits(plan):
             check_pipeline(stage, model, site.serving.engine, plan.layout.pipeline)
             return plan
-    raise _no_layout(stage, served) if plan is None else _does_not_fit(stage, plan, served, site)
+    raise _no_layout(stage, served, site) if plan is None else _does_not_fit(stage, plan, served, site)
 
 
 def server_size(stage: Stage, serving: ServingPlan | None) -> tuple[int, int]:
@@ -221,12 +221,23 @@ def _fits(plan: ServingPlan) -> bool:
     return plan.gpu_bytes is None or plan.needed_bytes <= usable_bytes(plan.gpu_bytes)
 
 
-def _no_layout(stage: Stage, served: ServedModel) -> UserError:
-    layers = served.config["num_hidden_layers"]
+def _no_layout(stage: Stage, served: ServedModel, site: Site) -> UserError:
+    serve, layers = stage.serve or Serve(), served.config["num_hidden_layers"]
+    nodes, gpus = serve.nodes or 1, serve.gpus_per_node or _most(site)[1]
+
+    def most_gpus(nodes: int, limit: int) -> int | None:
+        return next((n for n in range(limit, 0, -1) if _layout(served, nodes, n, serve.expert_parallel)), None)
+
+    fewer_nodes = next((n for n in range(nodes - 1, 0, -1) if _layout(served, n, gpus, serve.expert_parallel)), None)
+    fewer_gpus = most_gpus(nodes, gpus - 1)
+    choices = [
+        *([f"serve.gpus_per_node to {fewer_gpus}"] if fewer_gpus else []),
+        *([f"serve.nodes to {fewer_nodes}"] if fewer_nodes else []),
+    ]
     return UserError(
         f"stages.{stage.name}.serve: no layout for this number of GPUs: the model has {layers} layers for pipeline ranks, and "
         f"{served.config['num_attention_heads']} heads, which tensor ranks divide",
-        "set serve.gpus_per_node to a divisor of the number of heads, or use fewer nodes",
+        f"set {' or '.join(choices) or f'serve.nodes to 1 and serve.gpus_per_node to {most_gpus(1, gpus)}'}",
     )
 
 
@@ -235,24 +246,41 @@ def _does_not_fit(stage: Stage, plan: ServingPlan, served: ServedModel, site: Si
     weights, usable = plan.memory.weights / GIB, usable_bytes(plan.gpu_bytes) / GIB
     unit, key = ("GPU", "gpu_memory_gib") if site.node.gpus else ("node", "memory_mb")
     limit = f"{usable:.1f} GiB of a {unit} are for weights and KV cache (80 % of node.{key})"
-    fewest = _fewest_nodes(stage, served, site)
-    too_few = f"site {site.name} has too few {unit}s for it" if spreads_models(site) else _ANOTHER_ENGINE
-    more = f"set serve.nodes to {fewest}" if fewest else too_few
-    smaller = "" if stage.export_dtype == "fp8" or not site.node.gpus else ", or set export_dtype to fp8"
+    more = _more_gpus(stage, served, site)
     fitting = plan.memory.tokens_that_fit(plan.gpu_bytes)
     if fitting < 1:
+        in_fp8 = "set export_dtype to fp8" if site.node.gpus and _is_served_in_fp8(stage, served, site) else None
         return UserError(
             f"stages.{stage.name}.serve: on {plan.layout}, the weights are {weights:.1f} GiB on the fullest {unit}; {limit}",
-            f"{more}{smaller}",
+            ", or ".join(filter(None, (more, in_fp8))) or f"use a site with more {unit}s, or more memory in each",
         )
     return UserError(
         f"stages.{stage.name}.serve: on {plan.layout}, a KV cache for concurrency {plan.concurrency} x context {plan.context} "
         f"tokens does not fit in addition to {weights:.1f} GiB of weights: {fitting} tokens fit; {limit}",
-        f"reduce serve.context or serve.concurrency so that their product is at most {fitting}, or {more}",
+        f"reduce serve.context or serve.concurrency so that their product is at most {fitting}"
+        + (f", or {more}" if more else ""),
     )
 
 
-def _fewest_nodes(stage: Stage, served: ServedModel, site: Site) -> int | None:
-    """Return the fewest nodes on which the server fits, with all their GPUs; None if the site has too few."""
-    serve = (stage.serve or Serve()).model_copy(update={"nodes": None, "gpus_per_node": None})
-    return next((plan.layout.nodes for plan in _plans(serve, served, site) if _fits(plan)), None)
+def _more_gpus(stage: Stage, served: ServedModel, site: Site) -> str | None:
+    """Return the remedy that names the fewest nodes on which the server fits; None if the site has too few."""
+    if not spreads_models(site):
+        return _ANOTHER_ENGINE if site.node.gpus else None
+    for changes, words in (
+        ({"nodes": None}, ""),
+        ({"nodes": None, "gpus_per_node": None}, "remove serve.gpus_per_node and "),
+    ):
+        serve = (stage.serve or Serve()).model_copy(update=changes)
+        if fewest := next((plan.layout.nodes for plan in _plans(serve, served, site) if _fits(plan)), None):
+            return f"{words}set serve.nodes to {fewest}"
+    return None
+
+
+def _is_served_in_fp8(stage: Stage, served: ServedModel, site: Site) -> bool:
+    if stage.export_dtype == "fp8":
+        return False
+    try:
+        plan_serving(stage.model_copy(update={"export_dtype": "fp8"}), served.config, site)
+    except UserError:
+        return False
+    return True

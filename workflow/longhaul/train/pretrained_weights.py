@@ -12,7 +12,7 @@ import torch
 from longhaul.artifacts.atomic_files import read_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
-from longhaul.config.hub_tensors import WRONG_WEIGHTS_HINT, check_names, check_shape
+from longhaul.config.hub_tensors import TWO_FILES_HINT, WRONG_WEIGHTS_HINT, check_names, check_shape
 from longhaul.config.pretrained_format import DAMAGED_PRETRAINED_HINT, expert_keys, fp8_block_shape, mtp_prefixes
 from longhaul.errors import UserError
 
@@ -93,7 +93,7 @@ def _open_files(folder: Path, excluded_prefixes: tuple[str, ...]) -> dict[str, L
             key: tensor for key, tensor in open_safetensors(path).items() if not key.startswith(excluded_prefixes)
         }
         if doubled := sorted(set(opened) & set(tensors)):
-            raise UserError(f"{folder}: {doubled[0]} is in two files, the second is {path.name}", WRONG_WEIGHTS_HINT)
+            raise UserError(f"{folder}: {doubled[0]} is in two files, the second is {path.name}", TWO_FILES_HINT)
         tensors |= opened
     if not tensors:
         raise UserError(f"{folder} holds no *.safetensors", "save the model with save_pretrained: pickles are not read")
