@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from longhaul.config.shipped_files import PACKAGE
+from tests.support.remedies_in_source import RemedyInSource, remedies_in_source, texts_of
 from tests.unit.test_remedies import REMEDIES
 
 FOLLOWED_ELSEWHERE = {
@@ -31,6 +32,9 @@ FOLLOWED_ELSEWHERE = {
     ),
     "let this user write there (permissions, ulimit -f), then run the same command again": (
         "recovery/test_asynchronous_saves.py::test_after_an_error_the_same_command_finishes"
+    ),
+    "restore the files, or train the earlier stage again": (
+        "unit/train/test_verified_inputs.py::test_altered_start_is_refused_until_it_is_restored"
     ),
     "then run the same command again": (
         "workflow/test_final_failure.py::test_repaired_folder_needs_only_the_same_command"
@@ -73,66 +77,161 @@ FOLLOWED_ELSEWHERE = {
     "Then move the checkpoint's folder away and run the same command again": (
         "recovery/test_unpickling_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
     ),
+    # plans
+    "copy or download the whole model again: ": (
+        "unit/planning/test_check_pretrained_weights.py::test_weights_of_another_config_are_refused_until_it_is_restored"
+    ),
+    "remove one of the two files from the folder": (
+        "unit/planning/test_check_pretrained_weights.py::test_a_tensor_in_two_files_or_a_damaged_header_is_refused_until_removed"
+    ),
+    "config/init_files.py: choose another run name": (
+        "unit/config/test_init_files.py::test_mistake_writes_nothing_until_the_remedy_is_followed"
+    ),
+    "choose another run name, or move the file away": (
+        "unit/config/test_init_files.py::test_existing_file_is_not_overwritten_until_it_is_moved_away"
+    ),
+    "use it with --site ./": (
+        "unit/config/test_init_files.py::test_second_run_is_told_to_use_the_site_file_of_the_first"
+    ),
+    "config/init_files.py: use one of ": (
+        "unit/config/test_init_files.py::test_mistake_writes_nothing_until_the_remedy_is_followed"
+    ),
+    "config/init_files.py: use {}": (
+        "unit/config/test_init_files.py::test_mistake_writes_nothing_until_the_remedy_is_followed"
+    ),
+    "config/pretrained_format.py: correct the model's config.json": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "use the model's bf16 or fp32 weights": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "config/pretrained_keys.py: use one of {}": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "config/pretrained_keys.py: correct the model's config.json": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "config/safetensors_header.py: the file is incomplete or changed: ": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "config/strict_yaml.py: docsconfig.md": (
+        "workflow/test_bad_configs.py::test_unreadable_config_file_is_reported_until_it_is_corrected"
+    ),
+    "save the file as UTF-8": (
+        "workflow/test_bad_configs.py::test_unreadable_config_file_is_reported_until_it_is_corrected"
+    ),
+    "config/strict_yaml.py: correct the line; ": (
+        "workflow/test_bad_configs.py::test_unreadable_config_file_is_reported_until_it_is_corrected"
+    ),
+    "config/strict_yaml.py: use at most {} levels": (
+        "workflow/test_bad_configs.py::test_unreadable_config_file_is_reported_until_it_is_corrected"
+    ),
+    "write the config without aliases; ": (
+        "workflow/test_bad_configs.py::test_unreadable_config_file_is_reported_until_it_is_corrected"
+    ),
+    "give the path of an existing YAML file": (
+        "workflow/test_bad_configs.py::test_missing_config_is_reported_until_a_file_is_named"
+    ),
+    "give the path of a config; one glob can name many data files": (
+        "workflow/test_bad_configs.py::test_missing_config_is_reported_until_a_file_is_named"
+    ),
+    "give the path of a YAML file": (
+        "workflow/test_bad_configs.py::test_missing_config_is_reported_until_a_file_is_named"
+    ),
+    "give the path of a readable YAML file": (
+        "workflow/test_bad_configs.py::test_what_is_no_file_as_config_or_site_is_reported_until_it_is_one"
+    ),
+    "use a model with weights, or train from random weights": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "planning/check_files_exist.py: complete the download": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "give the path of a Hugging Face model folder": (
+        "workflow/test_bad_configs.py::test_unusable_pretrained_folder_is_reported_until_it_is_complete"
+    ),
+    "planning/check_files_exist.py: give the path of a Hugging Face tokenizer folder": (
+        "unit/planning/test_check_files_exist.py::test_tokenizer_folder_and_chat_template_must_exist"
+    ),
+    "planning/check_files_exist.py: fill or remove the file": (
+        "unit/planning/test_check_files_exist.py::test_unusable_files_are_refused_until_the_remedy_is_followed"
+    ),
+    "planning/check_files_exist.py: list each file once": (
+        "unit/planning/test_check_files_exist.py::test_unusable_files_are_refused_until_the_remedy_is_followed"
+    ),
+    "rename the file or its folder": (
+        "unit/planning/test_check_files_exist.py::test_name_that_snakemake_or_json_cannot_represent_is_refused_until_it_is_renamed"
+    ),
+    ", or sequence_length to at most ": (
+        "workflow/test_bad_configs.py::test_sliding_window_that_the_layout_would_ignore_is_reported_until_the_remedy_is_followed"
+    ),
+    "planning/find_data_files.py: make it readable, or name other files": (
+        "unit/planning/test_find_data_files.py::test_a_folder_that_cannot_be_read_is_refused_until_it_can"
+    ),
+    "name the files with a glob such as folder/**/*.jsonl, ": (
+        "unit/planning/test_find_data_files.py::test_a_folder_has_one_format_unless_the_format_is_set"
+    ),
+    "name a smaller folder": ("unit/planning/test_find_data_files.py::test_a_folder_with_too_many_entries_is_refused"),
+    "remove the link, or name other folders": (
+        "unit/planning/test_find_data_files.py::test_a_loop_of_links_is_refused_until_it_is_removed"
+    ),
+    "remove the link, or restore its target": (
+        "unit/planning/test_find_data_files.py::test_what_is_no_file_is_refused_until_it_is_removed"
+    ),
+    "planning/find_data_files.py: {}": (
+        "unit/planning/test_find_data_files.py::test_what_is_no_file_is_refused_until_it_is_removed"
+    ),
+    "name the folder that `make MPI=1` of nccl-tests writes": (
+        "unit/checks/test_nccl_tests.py::test_missing_programs_are_named_before_anything_is_submitted"
+    ),
+    "add node.gpus and node.gpu_memory_gib to the site file": (
+        "unit/planning/test_needed_nodes.py::test_site_without_gpu_memory_is_refused_until_it_is_added"
+    ),
+    "config/load_config.py: docsconfig.md": (
+        "workflow/test_bad_configs.py::test_the_page_that_a_remedy_names_is_there"
+    ),
 }
-"""A part of the remedy's text -> the test that follows it."""
+"""A part of the remedy, with its module where other modules have the same words -> the test that follows it."""
+NOT_FOLLOWED: dict[str, str] = {}
+"""A part of a remedy that no test can follow -> the reason."""
 
 
-def constants() -> dict[str, str]:
-    """Return the text of every constant of the package that holds one string, by name."""
-    found: dict[str, str] = {}
-    for module in PACKAGE.rglob("*.py"):
-        for node in ast.parse(module.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and texts_of(node.value, {}):
-                name = node.targets[0].id
-                found[name] = f"{found.get(name, '')}{texts_of(node.value, {})}\n"
-    return found
+REMEDIES_OF_PLANS = ("config/", "planning/")
+"""test_config_remedies.py scans these packages: there one table tries nearly all remedies."""
+COMPLETE: tuple[str, ...] = ()
+"""Packages of which every remedy is followed. Of the others, remedies that tell to delete, move or restore a file are."""
 
 
-def texts_of(node: ast.AST, named: dict[str, str]) -> str:
-    """Return the text of an expression: constants by their names, every branch of a condition, {} for what is filled in."""
-    match node:
-        case ast.Constant(value=str(text)):
-            return text
-        case ast.Name(id=name) | ast.Attribute(attr=name):
-            return named.get(name, "{}")
-        case ast.FormattedValue(value=value):
-            return texts_of(value, named) or "{}"
-        case ast.JoinedStr(values=parts):
-            separator = ""
-        case ast.BinOp(left=left, right=right):
-            separator, parts = "", [left, right]
-        case ast.IfExp(body=body, orelse=orelse):
-            separator, parts = "\n", [body, orelse]
-        case _:
-            return ""
-    return separator.join(texts_of(part, named) for part in parts)
-
-
-def remedies_in_source() -> dict[str, str]:
-    """Return text -> module of every hint of the package that tells to delete, move or restore a file of a run."""
-    found, named = {}, constants()
-    for module in PACKAGE.rglob("*.py"):
-        if {"config", "planning", "readers"} & {*module.parts} or module.name == "container.py":
-            continue  # remedies of the plan and of rows: tests/workflow/test_config_remedies.py, test_data_remedies.py
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "UserError" and len(node.args) == 2:
-                words = texts_of(node.args[1], named)
-                if re.search(r"\b(delete|rm|move|restore) ", words, re.IGNORECASE):
-                    found[words] = str(module.relative_to(PACKAGE))
-    return found
+def remedies_to_follow() -> list[RemedyInSource]:
+    """Return the remedies that must be in a table of this file or of test_remedies.py."""
+    return [
+        remedy
+        for remedy in remedies_in_source()
+        if not remedy.module.startswith(
+            (*REMEDIES_OF_PLANS, "data/readers/", "jobs/container.py")
+        )  # test_data_remedies.py
+        and (
+            remedy.module.startswith(COMPLETE) or re.search(r"\b(delete|rm|move|restore) ", remedy.text, re.IGNORECASE)
+        )
+    ]
 
 
 def test_hints_in_constants_are_seen():
-    assert "export/open_verified_checkpoint.py" in remedies_in_source().values()
+    assert "export/open_verified_checkpoint.py" in {remedy.module for remedy in remedies_in_source()}
     hint = ast.parse("f'{HINT} of {path}' if folder else HINT + ' now'", mode="eval").body
     assert texts_of(hint, {"HINT": "move it"}) == "move it of {}\nmove it now"
 
 
 def test_every_remedy_about_files_is_in_the_table():
     known = [part for remedy in REMEDIES.values() for part in [remedy.says.split("{folder}")[0]]]
-    known += FOLLOWED_ELSEWHERE
-    missing = {text: module for text, module in remedies_in_source().items() if not any(part in text for part in known)}
-    assert missing == {}
+    known += [*FOLLOWED_ELSEWHERE, *NOT_FOLLOWED]
+    assert [str(remedy) for remedy in remedies_to_follow() if not any(part in str(remedy) for part in known)] == []
+
+
+def test_the_tables_name_remedies_that_exist():
+    texts = [str(remedy) for remedy in remedies_in_source()]
+    texts += [path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")]  # classes have remedies, too
+    assert [part for part in (*FOLLOWED_ELSEWHERE, *NOT_FOLLOWED) if not any(part in text for text in texts)] == []
 
 
 def test_the_other_tests_exist():

@@ -8,7 +8,9 @@ import pytest
 
 from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
+from tests.support.remedies_in_source import record_places, remedies_in_source
 from tests.support.small_configs import CONFIG, SITE, changed, plan_of
+from tests.unit.test_table_of_remedies import FOLLOWED_ELSEWHERE, NOT_FOLLOWED, REMEDIES_OF_PLANS
 from tests.workflow.bad_configs import CONFIGS, FILES, write_files
 from tests.workflow.config_remedies import REMEDIES, Remedy
 
@@ -37,6 +39,20 @@ def test_every_remedy_of_a_bad_config_is_followed(tmp_path: Path):
     own = {name for name in CASES if "lists all keys" not in hint_of(tmp_path / "run", name)}
     assert own - {*REMEDIES} == NEEDS_A_FOLDER
     assert not {*REMEDIES} - {*CASES}
+
+
+def test_every_remedy_of_a_plan_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    places = record_places(monkeypatch)
+    for name in REMEDIES:
+        hint_of(tmp_path / "run", name)
+    elsewhere = (*FOLLOWED_ELSEWHERE, *NOT_FOLLOWED)
+    assert [
+        str(remedy)
+        for remedy in remedies_in_source()
+        if remedy.module.startswith(REMEDIES_OF_PLANS)
+        and not remedy.is_at(places)
+        and not any(part in str(remedy) for part in elsewhere)
+    ] == []
 
 
 def hint_of(folder: Path, name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,26 +58,33 @@ def test_names_that_yaml_reads_as_something_else_are_quoted(run: str, file: str,
 
 
 @pytest.mark.parametrize(
-    ("example", "site", "run", "message"),
+    ("example", "site", "run", "message", "remedy"),
     [
-        ("nothing", "local", "mine", "there is no example 'nothing'"),
-        ("llama-8b-pretrain", "moon", "mine", "there is no site 'moon'"),
-        ("llama-8b-pretrain", "local", "../mine", "run '../mine' is no name"),
-        ("llama-8b-pretrain", "lumi", "lumi", r"the run and the site would both be .*/lumi\.yaml"),
+        ("nothing", "local", "mine", "there is no example 'nothing'", "use one of .*llama-8b-pretrain"),
+        ("llama-8b-pretrain", "moon", "mine", "there is no site 'moon'", "use one of .*local"),
+        ("llama-8b-pretrain", "local", "../mine", "run '../mine' is no name", "use .* letter"),
+        ("llama-8b-pretrain", "lumi", "lumi", r"the run and the site would both be .*/lumi\.yaml", "another run name"),
     ],
 )
-def test_mistake_is_refused_and_writes_nothing(example: str, site: str, run: str, message: str, tmp_path: Path):
-    with pytest.raises(UserError, match=message):
+def test_mistake_writes_nothing_until_the_remedy_is_followed(
+    example: str, site: str, run: str, message: str, remedy: str, tmp_path: Path
+):
+    with pytest.raises(UserError, match=message) as refused:
         copy_start_files(example, site, run, tmp_path)
+    assert re.search(remedy, refused.value.hint), refused.value.hint
     assert list(tmp_path.iterdir()) == []
+    copy_start_files("llama-8b-pretrain", "local", "mine", tmp_path)
 
 
-def test_existing_file_is_not_overwritten(tmp_path: Path):
+def test_existing_file_is_not_overwritten_until_it_is_moved_away(tmp_path: Path):
     (tmp_path / "mine.yaml").write_text("precious")
     with pytest.raises(UserError, match=r"mine\.yaml exists already"):
         copy_start_files("llama-8b-pretrain", "local", "mine", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
     assert (tmp_path / "mine.yaml").read_text() == "precious"
+    copy_start_files("llama-8b-pretrain", "local", "other", tmp_path)
+    (tmp_path / "mine.yaml").rename(tmp_path / "moved.yaml")
+    copy_start_files("llama-8b-pretrain", "./local.yaml", "mine", tmp_path)
 
 
 def test_second_run_is_told_to_use_the_site_file_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -114,15 +114,19 @@ def test_all_ranks_learn_of_the_problem(run: RunPaths, weights: WeightsFolder):
     assert [len(problems) for problems in found] == [1, 0], "the only file belongs to rank 0"
 
 
-def test_altered_start_is_refused(run: RunPaths):
+def test_altered_start_is_refused_until_it_is_restored(run: RunPaths):
     folder = WeightsFolder(run.stage(STAGE).path / "weights" / "0123").checkpoint(STEP)
     manifest = folder / "manifest.json"
     start = StartingCheckpoint(folder, file_sha256(manifest))
     verify_start(start, ALONE)
     weights = folder / "mp_rank_00_model_states.pt"
+    trained = weights.read_text()
     weights.write_text("weightz")
     with pytest.raises(UserError, match=f"{weights} does not have the SHA-256"):
         verify_start(start, ALONE)
+    weights.write_text(trained)
+    verify_start(start, ALONE)
+    weights.write_text("weightz")
     fields = json.loads(manifest.read_text())
     fields["files"][weights.name]["sha256"] = file_sha256(weights)
     manifest.write_text(json.dumps(fields))
