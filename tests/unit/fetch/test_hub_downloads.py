@@ -396,6 +396,14 @@ def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, fetch: Fetch, ch
     assert not (tmp_path / "results" / "small.lock.json").exists()
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "generation_config.json"])
+def test_a_key_that_would_replace_a_method_is_refused(tmp_path: Path, hub: Hub, fetch: Fetch, file: str):
+    (tmp_path / "served/models/org/base" / file).write_text('{"save_pretrained": 1}')
+    done = fetch(tmp_path)
+    assert done.returncode == 2 and f"{file}: 'save_pretrained' is a name that transformers'" in done.stderr
+    assert "remedy: correct " in done.stderr and not (tmp_path / "results/small.lock.json").exists()
+
+
 @pytest.mark.parametrize(
     ("only", "message"),
     [

@@ -204,6 +204,17 @@ FOLDERS: dict[str, tuple[dict[str, str], str, str]] = {
         "key: FOLDER/model.safetensors.index.json contains a list, not keys and values",
         "give the path of a Hugging Face model folder",
     ),
+    "list in generation_config.json": (
+        {"a.safetensors": EMPTY_SAFETENSORS, "generation_config.json": "[]"},
+        "key: FOLDER/generation_config.json contains a list, not keys and values",
+        "give the path of a Hugging Face model folder",
+    ),
+    "method's name in generation_config.json": (
+        {"a.safetensors": EMPTY_SAFETENSORS, "generation_config.json": '{"to_dict": 1}'},
+        "model.pretrained: generation_config.json: 'to_dict' is a name that transformers' generation classes use themselves; "
+        "remove this key",
+        "correct the model's generation_config.json; without this file, transformers' own settings count",
+    ),
 }
 
 

@@ -12,33 +12,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from longhaul.config.architectures import ARCHITECTURES, Size, check_network_values
 from longhaul.config.field_types import HuggingFaceConfig, NonNegativeInt
+from longhaul.config.own_names import CONFIG_CLASSES, refuse_own_names
 from longhaul.config.parameter_counts import has_latent_attention
 from longhaul.config.rotary_embedding import check_rope
-from longhaul.config.validation_messages import shortened, validation_message
+from longhaul.config.validation_messages import validation_message
 from longhaul.errors import UserError
 
 _WHERE = "model.pretrained: config.json"
 _REMEDY = "correct the model's config.json"
 _ROPE = ("rope_theta", "rope_scaling")
 """Keys of the classes that check_rope checks: it knows types of rotary embeddings that are not for new models."""
-
-_OWN_NAMES = """
-_auto_class _check_received_keys _decode_special_floats _dict_from_json_file _encode_special_floats _get_config_dict
-_get_files_timestamps _get_generation_parameters _getattr_without_heterogeneous_validation
-_hasattr_without_heterogeneous_validation _iter_config_keys_with_heterogeneous_adjustment _remove_keys_not_serialized
-_update_heterogeneous_to_dict_output _upload_modified_files _validate_axial_rope_parameters
-_validate_default_rope_parameters _validate_dynamic_rope_parameters _validate_linear_rope_parameters
-_validate_llama3_rope_parameters _validate_longrope_rope_parameters _validate_proportional_rope_parameters
-_validate_yarn_rope_parameters allow_global_per_layer_attribute_access attribute_map base_config_key base_model_ep_plan
-base_model_fsdp_plan base_model_pp_plan base_model_tp_plan convert_rope_params_to_dict default_config_fields
-default_rope_type default_theta dict_dtype_to_str extra_config_files extra_files from_dict from_json_file from_pretrained
-get_config_dict get_mtp_config get_text_config ignore_keys_at_rope_validation is_custom_code is_heterogeneous is_remote_code
-nested_rope_parameter_keys per_layer_attributes push_to_hub register_for_auto_class save_pretrained
-serialize_explicit_per_layer_config standardize_rope_params sub_configs sub_configs_defaults to_dict to_diff_dict
-to_json_file to_json_string update update_from_string use_return_dict validate validate_architecture validate_layer_type
-validate_output_attentions validate_rope validate_token_ids
-"""
-"""Names of methods and settings of transformers' config classes. A key with such a name would replace them in the jobs."""
 
 _TokenId = Annotated[int, Field(ge=-1)] | None  # -1: older Llama folders have no padding token
 _Dtype = Literal["float64", "float32", "bfloat16", "float16", "float8_e4m3fn"] | None
@@ -115,7 +98,7 @@ def check_pretrained_keys(config: HuggingFaceConfig) -> HuggingFaceConfig:
     filled = _with_names_of_the_section(config)
     floats = _floats_for_integers(known, filled) | _floats_for_integers(_FileKeys, filled)
     try:
-        _check_names(config)
+        refuse_own_names(config, CONFIG_CLASSES, "config")
         _check_one_network(config, f"{known.__name__}ForCausalLM")
         _check_head_width(config)
         check_rope(config)
@@ -145,16 +128,6 @@ def _floats_for_integers(model: type[BaseModel], config: HuggingFaceConfig) -> d
     except ValidationError as error:
         raise UserError(validation_message(_WHERE, keys, model, error), _REMEDY) from None
     return {key: value for key, value in values if isinstance(value, float) and type(keys.get(key)) is int}
-
-
-def _check_names(config: HuggingFaceConfig) -> None:
-    """Raise ValueError if a key would replace a method of transformers' config object, or a setting of its class."""
-    own_names = _OWN_NAMES.split()
-    for key in config:
-        if key in own_names or key.startswith("__"):
-            raise ValueError(
-                f"{shortened(key)} is a name that transformers' config classes use themselves; remove this key"
-            )
 
 
 def _check_one_network(config: HuggingFaceConfig, network: str) -> None:

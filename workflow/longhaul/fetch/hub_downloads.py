@@ -17,6 +17,7 @@ from longhaul.config.dataset_config import Dataset, HubDataset
 from longhaul.config.field_types import HubSource
 from longhaul.config.load_config import LoadedConfig
 from longhaul.data.demo_corpus import write_demo_corpus
+from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.errors import UserError, first_line
 from longhaul.fetch.hub_splits import list_split_files, stream_rows
 from longhaul.planning import build_plan
@@ -64,6 +65,7 @@ def _fetch(loaded: LoadedConfig, folder: Path) -> Lock:
     model: dict[str, Any] = {}
     if config.tokenizer.hub:
         sources["tokenizer"] = _download_snapshot(config.tokenizer.hub, "model", _TOKENIZER_PATTERNS)
+        check_tokenizer_keys(Path(sources["tokenizer"]["path"]))
     pretrained = config.model.pretrained
     if pretrained and pretrained.hub:
         patterns = [*_MODEL_PATTERNS, "*.py"] if pretrained.trust_remote_code else _MODEL_PATTERNS

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Lock
 from longhaul.config.field_types import HuggingFaceConfig
+from longhaul.config.generation_keys import check_generation_keys
 from longhaul.config.load_config import LoadedConfig
 from longhaul.config.pretrained_format import fp8_block_shape, pretrained_changes, trained_config
 from longhaul.config.pretrained_keys import check_pretrained_keys
@@ -54,7 +55,7 @@ def read_model_folder(folder: Path, key: str) -> HuggingFaceConfig:
     """Return the config.json of a Hugging Face folder that has all its files of weights (check_pretrained_weights reads them).
 
     Raises:
-        UserError: config.json or weights are missing, invalid or incomplete. The message begins with `key`.
+        UserError: config.json or weights are missing, invalid or incomplete, or generation_config.json is invalid.
     """
     config = _read_json_object(folder / "config.json", key)
     if not any(folder.glob(_WEIGHTS)):
@@ -73,6 +74,8 @@ def read_model_folder(folder: Path, key: str) -> HuggingFaceConfig:
                 f"{key}: {len(missing)} of {len(names)} files in {index} are missing: {', '.join(missing[:3])}",
                 "complete the download",
             )
+    if (folder / "generation_config.json").exists():
+        check_generation_keys(_read_json_object(folder / "generation_config.json", key))
     return config
 
 

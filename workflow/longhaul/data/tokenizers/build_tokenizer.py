@@ -16,6 +16,7 @@ from longhaul.config.shipped_files import data_root
 from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import RENDER_LIMIT_S, ChatTemplate
+from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.data.tokenizers.tokenizer_size import require_size
 from longhaul.errors import InputError, UserError, first_line
 from longhaul.jobs.kinds.tokenizer_job import TokenizerSpec
@@ -73,6 +74,7 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         raise UserError(
             f"tokenizer: {path} holds no tokenizer.json", "set tokenizer.path to a Hugging Face tokenizer folder"
         )
+    check_tokenizer_keys(Path(path))
     from transformers import AutoTokenizer
 
     try:

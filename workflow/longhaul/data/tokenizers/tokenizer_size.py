@@ -1,4 +1,4 @@
-"""Checks that the tokenizer has no more tokens than the model's vocab_size, before a job loads either."""
+"""Checks before a job loads a tokenizer: its keys, and that it has no more tokens than the model's vocab_size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import orjson
 
+from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.errors import InputError, UserError
 from longhaul.planning import Plan, model_config
 
@@ -13,9 +14,13 @@ from longhaul.planning import Plan, model_config
 def check_tokenizer_folder(plan: Plan) -> None:
     """Raise UserError if the tokenizer of `tokenizer.path` cannot be read or has more tokens than the model."""
     written, model = plan.config.tokenizer.path, model_config(plan.loaded, plan.lock)
-    if written is None or model is None:
+    if written is None:
         return
-    path = plan.loaded.resolve("tokenizer.path", written) / "tokenizer.json"
+    folder = plan.loaded.resolve("tokenizer.path", written)
+    check_tokenizer_keys(folder)
+    if model is None:
+        return
+    path = folder / "tokenizer.json"
     try:
         size = _highest_id(orjson.loads(path.read_bytes())) + 1
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:

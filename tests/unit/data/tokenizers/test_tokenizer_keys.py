@@ -1,0 +1,116 @@
+"""Keys of tokenizer_config.json and special_tokens_map.json that would end the tokenizer job are refused in the plan."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
+from longhaul.config.own_names import TOKENIZER_CLASSES
+from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
+from longhaul.data.tokenizers.tokenizer_size import check_tokenizer_folder
+from longhaul.errors import UserError
+from tests.support.corpora import make_tokenizer
+from tests.support.small_configs import plan_of
+
+CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
+OWN_NAME = "is a name that transformers' tokenizer classes use themselves; remove this key"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "text.txt").write_text("one ship sails two ships sail\n" * 50)
+    return Path(make_tokenizer(folder, [folder / "text.txt"]).path)
+
+
+def with_keys(tokenizer: Path, folder: Path, file: str, keys: dict[str, Any]) -> Path:
+    """Return a copy of the tokenizer folder with further keys in one file."""
+    shutil.copytree(tokenizer, folder)
+    path = folder / file
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**found, **keys}))
+    return folder
+
+
+def build(source: Path, folder: Path) -> TokenizerManifest:
+    folder.mkdir()
+    return make_tokenizer(folder, path=str(source), needs_chat_template=True)
+
+
+@pytest.mark.parametrize("key", ["_tokenizer", "__dict__", "decode", "backend_tokenizer"])
+@pytest.mark.parametrize("file", [CONFIG, SPECIAL])
+def test_the_plan_and_the_job_refuse_a_key_that_replaces_an_attribute(
+    tokenizer: Path, tmp_path: Path, file: str, key: str
+):
+    """`_tokenizer` and `__dict__` ended the job in a traceback; `decode` in a message without the file."""
+    bad = with_keys(tokenizer, tmp_path / "tokenizer", file, {key: "x"})
+    for read in (
+        lambda: check_tokenizer_folder(plan_of(tmp_path, {"tokenizer": {"path": "tokenizer"}})),
+        lambda: build(bad, tmp_path / "job"),
+    ):
+        with pytest.raises(UserError, match=f"{file}: '{key}' {OWN_NAME}") as refused:
+            read()
+        assert f"correct {file}" in refused.value.hint
+
+
+def test_every_other_name_of_the_class_changes_nothing(tokenizer: Path, tmp_path: Path):
+    """Such keys have no effect, or are settings: the job makes the same tokenizer, or ends with a message."""
+    from transformers import AutoTokenizer
+
+    loaded = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+    own_names = set(TOKENIZER_CLASSES.split())
+    names = {name for name in {*dir(loaded), *vars(loaded)} if not name.startswith("__")}
+    assert own_names <= names
+    built = 0
+    for name in sorted(names - own_names):
+        for number, value in enumerate(("x", {})):
+            changed = with_keys(tokenizer, tmp_path / f"{name}-{number}", CONFIG, {name: value})
+            try:
+                made = build(changed, tmp_path / f"job-{name}-{number}")
+            except UserError:
+                continue
+            built += 1
+            hub_ids = AutoTokenizer.from_pretrained(made.path, local_files_only=True)("one ship")["input_ids"]
+            assert hub_ids == loaded("one ship")["input_ids"], name
+    assert built > 50, "most of these names have no effect"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (CONFIG, "[]", "`the whole value` is"),
+        (CONFIG, "{", "no valid JSON"),
+        (SPECIAL, "null", "`the whole value` is"),
+        (CONFIG, '{"model_max_length": "x"}', "`model_max_length` is 'x'"),
+        (CONFIG, '{"chat_template": 1}', "`chat_template"),
+        (SPECIAL, '{"eos_token": 5}', "`eos_token"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(tmp_path: Path, file: str, content: str, message: str):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        check_tokenizer_keys(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"model_max_length": 1000000000000000019884624838656, "tokenizer_class": "LlamaTokenizer", "legacy": False},
+        {"model_max_length": 1e30, "chat_template": [{"name": "default", "template": "x"}], "pad_token": None},
+        {"eos_token": {"__type": "AddedToken", "content": "</s>"}, "added_tokens_decoder": {"0": {"content": "a"}}},
+        {
+            "name_or_path": "x",
+            "special_tokens_map_file": None,
+            "is_fast": True,
+            "auto_map": {"AutoTokenizer": ["a", "b"]},
+        },
+    ],
+)
+def test_keys_of_published_tokenizers_are_accepted(tmp_path: Path, keys: dict[str, Any]):
+    (tmp_path / CONFIG).write_text(json.dumps(keys))
+    check_tokenizer_keys(tmp_path)
