@@ -174,6 +174,19 @@ def test_a_length_in_epochs_is_counted_in_packs(finished: PipelineRun):
     assert f"{steps} of {steps}" in (finished.results / "report.html").read_text()
 
 
+def test_metrics_hold_the_padding_the_cuts_and_the_wait_for_data(finished: PipelineRun):
+    """The share of cut loss tokens is that of the packs; a stage of texts cuts nothing."""
+    weights = finished.weights("chat")
+    (totals,) = [json.loads(path.read_text()) for path in weights.glob("samples/pack-*-train-*.json")]
+    rows = [json.loads(line) for line in (weights / "metrics.jsonl").open()]
+    steps = [row for row in rows if "loss" in row]
+    cut = totals["cut_loss_tokens"] / totals["loss_tokens"]
+    assert {row["cut_loss_share"] for row in steps} == {round(cut, 6)}
+    assert all(0 <= row["padding_share"] < 1 and row["data_wait_s"] >= 0 for row in steps)
+    base = [json.loads(line) for line in (finished.weights("base") / "metrics.jsonl").open()]
+    assert base and not any("cut_loss_share" in row for row in base)
+
+
 def test_sample_prompts_are_beginnings_of_validation_documents(finished: PipelineRun):
     tokenizer = AutoTokenizer.from_pretrained(finished.folder / finished.read("export/chat.json")["path"])
     for stage, dataset in (("base", "prose"), ("chat", "chats")):

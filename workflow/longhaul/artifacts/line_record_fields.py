@@ -32,6 +32,7 @@ class MetricsRow(TypedDict):
     lr: NotRequired[float | None]
     tokens_per_s: NotRequired[float | None]
     padding_share: NotRequired[float | None]
+    cut_loss_share: NotRequired[float | None]
     step_time_s: NotRequired[float | None]
     data_wait_s: NotRequired[float | None]
     memory_bytes: NotRequired[float | None]

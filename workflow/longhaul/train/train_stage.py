@@ -9,6 +9,7 @@ from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import disk_full_as_user_error, file_sha256
+from longhaul.artifacts.pack_totals import cut_loss_share
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.heartbeat import Heartbeat
@@ -124,7 +125,8 @@ def _train(
     if state.step == 0:
         set_initial_master_weights(backend.engine, job, build_model_config(job, tokenizer), start, context)
     epochs = samples.epochs(job.steps * job.stage.global_batch_size) if samples else {}
-    metrics = Metrics(job, checkpoints.folder, state.step, context, model.config.to_dict(), events, epochs)
+    cut_share = cut_loss_share(samples.pack_totals) if samples else None
+    metrics = Metrics(job, checkpoints.folder, state.step, context, model.config.to_dict(), events, epochs, cut_share)
     prompts = sample_prompts(validation=held_out, train=samples)
     trainer = Trainer(job, context, backend, held_out, prompts, checkpoints, metrics, events, state, start_up)
     start_up.finish("checkpoint")

@@ -72,7 +72,7 @@ def test_windows_cover_every_label(tokens: int, windows: int):
 
 def test_window_reads_one_token_more_than_it_holds():
     source = WindowSource(numbered(10), 4, PAD)  # type: ignore[arg-type]
-    assert (source.length, source.token_count, source.cut_documents) == (4, 10, 0)
+    assert (source.length, source.token_count, source.totals) == (4, 10, None)
     assert lists(filled(source, 0)) == ([1, 2, 3, 4], [2, 3, 4, 5], [0, 1, 2, 3])
     assert lists(filled(source, 1)) == ([5, 6, 7, 8], [6, 7, 8, 9], [0, 1, 2, 3])
     assert lists(filled(source, 2)) == ([9, 10, PAD, PAD], [10, -100, -100, -100], [-6, -5, -4, -3])
@@ -102,6 +102,11 @@ def pack_source(
     return PackSource(documents, length, PAD, 1, folder / "packs.bin", truncate)  # type: ignore[arg-type]
 
 
+def cut_documents(source: PackSource) -> int:
+    assert source.totals
+    return source.totals["cut_documents"]
+
+
 def test_packs_hold_conversations_with_labels_and_positions_of_their_own(tmp_path: Path):
     source = pack_source(tmp_path)
     samples = sorted(lists(filled(source, index)) for index in range(len(source)))
@@ -111,7 +116,7 @@ def test_packs_hold_conversations_with_labels_and_positions_of_their_own(tmp_pat
     together = tuple(a + b for a, b in zip(first, second, strict=True))
     swapped = tuple(b + a for a, b in zip(first, second, strict=True))
     assert samples in (sorted([alone, together]), sorted([alone, swapped]))
-    assert (source.token_count, source.cut_documents, source.length) == (14, 0, 7)
+    assert (source.token_count, cut_documents(source), source.length) == (14, 0, 7)
 
 
 def test_positions_of_the_padding_are_negative(tmp_path: Path):
@@ -122,14 +127,14 @@ def test_positions_of_the_padding_are_negative(tmp_path: Path):
 def test_long_conversation_is_truncated(tmp_path: Path):
     source = pack_source(tmp_path, Documents([1, 2, 3, 4, 5], masks=[[0, 0, 1, 1, 1]]), length=4)
     assert lists(filled(source, 0)) == ([1, 2, 3, 4], [-100, 3, 4, -100], [0, 1, 2, 3])
-    assert (source.token_count, source.cut_documents) == (4, 1)
+    assert (source.token_count, cut_documents(source)) == (4, 1)
 
 
 def test_long_conversation_keeps_its_last_tokens(tmp_path: Path):
     documents = Documents([1, 2, 3, 4, 5, 6], masks=[[0, 1, 1, 0, 0, 1]])
     source = pack_source(tmp_path, documents, length=4, truncate="left")
     assert lists(filled(source, 0)) == ([3, 4, 5, 6], [-100, -100, 6, -100], [0, 1, 2, 3])
-    assert (source.token_count, source.cut_documents) == (4, 1)
+    assert (source.token_count, cut_documents(source)) == (4, 1)
 
 
 def test_long_conversations_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -138,7 +143,7 @@ def test_long_conversations_are_left_out(tmp_path: Path, capsys: pytest.CaptureF
     assert [lists(filled(source, index)) for index in range(len(source))] == [
         ([6, 7, 8, 9], [-100, -100, 9, -100], [0, 1, 2, 3])
     ]
-    assert (source.token_count, source.cut_documents) == (4, 0)
+    assert (source.token_count, cut_documents(source)) == (4, 0)
     assert "left out 1 conversations longer than 4 tokens (truncate: drop)\n" in capsys.readouterr().err
 
 
@@ -170,12 +175,7 @@ def test_loss_tokens_that_no_sequence_keeps_are_counted(tmp_path: Path, truncate
 
 def test_split_without_documents_has_no_pack_and_no_file(tmp_path: Path):
     source = pack_source(tmp_path, Documents())
-    assert (len(source), source.token_count, source.cut_documents, list(source.openings(PROMPT_TOKENS))) == (
-        0,
-        0,
-        0,
-        [],
-    )
+    assert (len(source), source.token_count, source.totals, list(source.openings(PROMPT_TOKENS))) == (0, 0, None, [])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,7 +247,7 @@ def samples_of(documents: Documents, length: int, seed: int = 1) -> Samples:
 
 def test_samples_of_a_source_are_numbered_from_0():
     samples = samples_of(numbered(10), 4)
-    assert (len(samples), samples.length, samples.cut_documents, samples.padding_share) == (3, 4, 0, 1 - 10 / 12)
+    assert (len(samples), samples.length, samples.pack_totals, samples.padding_share) == (3, 4, [], 1 - 10 / 12)
     assert samples[0].input_ids.tolist() == [1, 2, 3, 4]
     assert samples[2].input_ids.tolist() == [9, 10, PAD, PAD]
     for index in (-1, 3):
@@ -260,7 +260,7 @@ def test_samples_of_a_source_are_numbered_from_0():
 def test_mixed_samples_alternate_and_repeat_small_datasets():
     large, small = samples_of(numbered(14), 4), samples_of(Documents([51, 52, 53, 54, 55, 56]), 4)
     mixed = MixedSamples([large, small], [3, 1])
-    assert (len(large), len(small), len(mixed), mixed.length, mixed.cut_documents) == (4, 2, 8, 4, 0)
+    assert (len(large), len(small), len(mixed), mixed.length, mixed.pack_totals) == (4, 2, 8, 4, [])
     assert [int(mixed[index].input_ids[0]) for index in range(8)] == [1, 51, 5, 55, 9, 51, 13, 55]
     assert mixed.padding_share == pytest.approx(((1 - 14 / 16) * 4 + (1 - 6 / 8) * 2) / 6)
     assert list(mixed.openings(PROMPT_TOKENS)) == [(1, 2, 3), (51, 52, 53)]

@@ -148,7 +148,8 @@ def test_packs_hold_whole_conversations_with_their_own_positions(chat_shards: Da
 def test_a_conversation_longer_than_a_sequence_is_truncated_and_counted(chat_shards: DataManifest, tmp_path: Path):
     samples = packs(chat_shards, tmp_path, length=96)
     masks = [reader(chat_shards).document(number)[1] for number in range(reader(chat_shards).document_count)]
-    assert samples.cut_documents == sum(len(mask) > 96 and mask[1:96].any() for mask in masks) > 0
+    (totals,) = samples.pack_totals
+    assert totals["cut_documents"] == sum(len(mask) > 96 and mask[1:96].any() for mask in masks) > 0
     assert all(len(samples[index].input_ids) == 96 for index in range(len(samples)))
 
 
@@ -363,6 +364,7 @@ def test_truncate_holds_in_a_dataset_and_in_a_mixture(tmp_path: Path, tokenizer_
     for opened in (manifest, mixture):
         samples = Samples.open(opened, "train", "sft", 64, 1, tmp_path, truncate="left")
         assert end_of_first in [samples[index].input_ids.tolist() for index in range(len(samples))]
+        assert len(samples.pack_totals) == 1
 
 
 def test_an_invalid_dataset_of_a_mixture_is_refused_with_the_remedy(text_shards: DataManifest, tmp_path: Path):

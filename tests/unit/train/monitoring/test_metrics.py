@@ -26,7 +26,13 @@ from tests.support.small_configs import LLAMA, base_stage
 MODEL = {"model_type": "llama", **LLAMA}
 
 
-def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, **trackers: bool) -> Metrics:
+def open_metrics(
+    folder: Path,
+    resumed_from: int,
+    job: TrainSpec | None = None,
+    cut_loss_share: float | None = None,
+    **trackers: bool,
+) -> Metrics:
     context: Any = SimpleNamespace(
         is_main=True,
         device=torch.device("cpu"),
@@ -35,7 +41,8 @@ def open_metrics(folder: Path, resumed_from: int, job: TrainSpec | None = None, 
         gather=lambda value: [value],
     )
     job = job or base_stage(folder, **trackers)
-    return Metrics(job, folder, resumed_from, context, MODEL, EventWriter(folder), {"prose": 1.6, "code": 0.25})
+    epochs = {"prose": 1.6, "code": 0.25}
+    return Metrics(job, folder, resumed_from, context, MODEL, EventWriter(folder), epochs, cut_loss_share)
 
 
 def train(metrics: Metrics, steps: range, loss: float) -> None:
@@ -108,6 +115,16 @@ def test_tokens_per_s_leave_out_padding_and_include_the_wait(tmp_path: Path):
     metrics.close()
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert (row["tokens"], row["tokens_per_s"], row["padding_share"]) == (384, 384 / 1.5, 0.25)
+
+
+def test_lines_of_packed_conversations_hold_the_share_of_cut_loss_tokens(tmp_path: Path):
+    """Windows of text cut nothing: without packs there is no such key."""
+    for share, expected in ((1 / 3, 0.333333), (0.0, 0.0), (None, None)):
+        metrics = open_metrics(tmp_path, 0, cut_loss_share=share)
+        train(metrics, range(1, 2), 1.0)
+        metrics.close()
+        row = json.loads((tmp_path / "metrics.jsonl").read_text())
+        assert row.get("cut_loss_share") == expected and ("cut_loss_share" in row) == (share is not None)
 
 
 def test_a_restart_without_a_checkpoint_begins_with_empty_records(tmp_path: Path):

@@ -25,7 +25,7 @@ from longhaul.planning.steps_of_epochs import window_count
 class WindowSource:
     """Sample i reads tokens [i*S, i*S + S + 1) of the stream: every token but the first is a label exactly once."""
 
-    cut_documents = 0
+    totals: PackTotals | None = None
 
     def __init__(self, reader: SplitReader, length: int, pad_id: int) -> None:
         self._reader, self.length, self._pad_id = reader, length, pad_id
@@ -78,7 +78,7 @@ class PackSource:
         """Open the pack file `path`; write it if it does not exist."""
         self._reader, self.length, self._pad_id = reader, length, pad_id
         self._truncate: Truncate = truncate
-        self.token_count = self.cut_documents = 0
+        self.token_count = 0
         self.totals: PackTotals | None = None  # None where the split has no documents
         self._packs: PackFile | list[np.ndarray] = []
         if not reader.document_count:
@@ -88,7 +88,7 @@ class PackSource:
             _write_packs(reader, length, seed, path, record, truncate)
         # The totals come from the record, because reading the lengths of all documents is slow.
         totals = read_typed_json(record, PackTotals, delete_packs_hint(path))
-        self.totals, self.token_count, self.cut_documents = totals, totals["tokens"], totals["cut_documents"]
+        self.totals, self.token_count = totals, totals["tokens"]
         if totals["documents"]:
             self._packs = PackFile(path, totals["documents"])
 

@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 
 from longhaul.artifacts.artifact_schemas import DataManifest
-from longhaul.artifacts.pack_totals import padding_share
+from longhaul.artifacts.pack_totals import PackTotals, padding_share
 from longhaul.config.stage_config import Truncate
 from longhaul.data.sampling.kept_conversations import require_kept_conversations
 from longhaul.data.sampling.mixture_order import MixtureOrder
@@ -114,9 +114,9 @@ class Samples:
         return self._source.fill(int(index), sample)
 
     @property
-    def cut_documents(self) -> int:
-        """Conversations longer than a sequence, whose ends are never trained on (0 for windows)."""
-        return self._source.cut_documents
+    def pack_totals(self) -> list[PackTotals]:
+        """Totals of the packs of every dataset; windows have none."""
+        return [self._source.totals] if self._source.totals else []
 
     @property
     def padding_share(self) -> float:
@@ -179,8 +179,8 @@ class MixedSamples(Samples):
         return part.fill(int(index) // len(self._parts) % len(part), sample)
 
     @property
-    def cut_documents(self) -> int:
-        return sum(part.cut_documents for part in self._parts)
+    def pack_totals(self) -> list[PackTotals]:
+        return [totals for part in self._parts for totals in part.pack_totals]
 
     @property
     def padding_share(self) -> float:

@@ -43,8 +43,14 @@ class Metrics:
         model: HuggingFaceConfig,
         events: EventWriter,
         epochs: dict[str, float],
+        cut_loss_share: float | None = None,
     ) -> None:
-        """epochs: by dataset, in the whole stage."""
+        """Open metrics.jsonl.
+
+        epochs:         by dataset, in the whole stage
+        cut_loss_share: share of the loss tokens that no pack holds; None where nothing is packed
+        """
+        self._cuts = {} if cut_loss_share is None else {"cut_loss_share": round(cut_loss_share, 6)}
         self._job, self._context, self._events = job, context, events
         self._sizes = model_size(model)
         self._started, self._first_step, self._printed = time.monotonic(), resumed_from, 0.0
@@ -96,6 +102,7 @@ class Metrics:
             "step": step,
             **values,
             "padding_share": round(padding_share(values["tokens"], positions), 6),
+            **self._cuts,
             "step_time_s": round(seconds, 6),
             "tokens_per_s": round(tokens_per_s, 1),
             "mfu": self._mfu(values["tokens"], values["attention_pairs"], whole_s),
