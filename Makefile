@@ -111,7 +111,7 @@ parity: setup  ## every model under every layout, and features together, against
 bench-trainer: setup  ## trainer throughput compared with bare deepspeed and bare PyTorch
 	$(BIN)/python -m bench.trainer
 
-bench-plan: setup  ## time of the demo's dry run, compared with an empty Snakefile; about a minute
+bench-plan: setup  ## times of the demo's dry run and of plans with 1 and 50 files of chats; about a minute
 	$(BIN)/python -m bench.plan
 
 bench-fabric-cost: setup  ## time of the fabric check on up to 4,096 nodes, simulated from measured rounds
