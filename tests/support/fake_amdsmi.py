@@ -49,12 +49,26 @@ class Handle:
         self.gpu = gpu
 
 
+_MI250X_MB_PER_S = (
+    (0, 200000, 50000, 0, 0, 0, 100000, 0),
+    (200000, 0, 0, 50000, 0, 50000, 0, 0),
+    (50000, 0, 0, 200000, 100000, 0, 0, 0),
+    (0, 50000, 200000, 0, 0, 0, 0, 50000),
+    (0, 0, 100000, 0, 0, 200000, 50000, 0),
+    (0, 50000, 0, 0, 200000, 0, 0, 50000),
+    (100000, 0, 0, 0, 50000, 0, 0, 200000),
+    (0, 0, 0, 50000, 0, 50000, 200000, 0),
+)
+
+
 def mi250x(index: int, **changes: Any) -> dict[str, Any]:
     """Return a die of an MI250X: it has no slowdowns and no states of links; the second die of a card has no power limit."""
     watts = 0 if index % 2 else 560
     return {
         **_gpu(index, clock=1650, clock_max=1700, watts=watts, blocks=("UMC", "SDMA", "GFX", "MMHUB", "XGMI_WAFL")),
         "amdsmi_get_pcie_info": _pcie(width=0, speed=0),
+        # As on LUMI: 4 links inside a card, 1 or 2 to some dies of other cards, none to the others.
+        "max_bandwidth": {other: bandwidth for other, bandwidth in enumerate(_MI250X_MB_PER_S[index]) if bandwidth},
         **changes,
     }
 
@@ -73,6 +87,7 @@ def mi300x(index: int, **changes: Any) -> dict[str, Any]:
         "amdsmi_get_pcie_info": _pcie(width=16, speed=32000),
         "amdsmi_get_violation_status": violations(active_ppt_pwr=True),
         "amdsmi_get_gpu_xgmi_link_status": {"status": links, "total_links": 8},
+        "max_bandwidth": dict.fromkeys(range(8), 64000),
         **changes,
     }
 
@@ -81,6 +96,7 @@ def _gpu(index: int, clock: int, clock_max: int, watts: int, blocks: Sequence[st
     cap = {"power_cap": watts * 10**6, "default_power_cap": watts * 10**6, "dpm_cap": clock_max, "min_power_cap": 0,
            "max_power_cap": watts * 10**6}  # fmt: skip
     return {
+        "index": index,
         "amdsmi_get_gpu_device_bdf": f"0000:{0xC1 + 5 * index:02x}:00.0",
         "amdsmi_get_gpu_activity": {"gfx_activity": 100, "umc_activity": 30, "mm_activity": "N/A"},
         "amdsmi_get_clock_info": {AmdSmiClkType.GFX: {"clk": clock, "min_clk": 500, "max_clk": clock_max, "clk_locked": "N/A",
@@ -136,7 +152,7 @@ def fake_amdsmi(gpus: Sequence[Mapping[str, Any]], init: Callable[[], object] = 
     for kind in (AmdSmiGpuBlock, AmdSmiClkType, AmdSmiMemoryPageStatus, AmdSmiException, AmdSmiLibraryException,
                  AmdSmiParameterException):  # fmt: skip
         setattr(module, kind.__name__, kind)
-    names = {name for gpu in (mi250x(0), mi300x(0)) for name in gpu}
+    names = {name for gpu in (mi250x(0), mi300x(0)) for name in gpu if name.startswith("amdsmi_")}
     for name in names:
         setattr(module, name, _function(name))
     vars(module).update(
@@ -144,6 +160,8 @@ def fake_amdsmi(gpus: Sequence[Mapping[str, Any]], init: Callable[[], object] = 
         amdsmi_init=init,
         amdsmi_shut_down=lambda: None,
         amdsmi_get_processor_handles=lambda: handles,
+        amdsmi_topo_get_link_type=_link_type,
+        amdsmi_get_minmax_bandwidth_between_processors=_bandwidth,
     )
     return module
 
@@ -166,6 +184,20 @@ def _function(name: str) -> Callable[..., Any]:
             raise AmdSmiLibraryException(NOT_SUPPORTED) from None
 
     return of_part if kind else of_gpu
+
+
+def _link_type(processor_handle_src: Handle, processor_handle_dst: Handle) -> dict[str, int]:
+    """Return type 2, XGMI, and one hop, which amdsmi also states of dies without a direct link."""
+    if "max_bandwidth" not in processor_handle_src.gpu:
+        raise AmdSmiLibraryException(NOT_SUPPORTED)
+    return {"hops": 1, "type": 2}
+
+
+def _bandwidth(processor_handle_src: Handle, processor_handle_dst: Handle) -> dict[str, int]:
+    known = _answer(processor_handle_src, "max_bandwidth")
+    if processor_handle_dst.gpu["index"] not in known:
+        raise AmdSmiLibraryException(NOT_SUPPORTED)
+    return {"min_bandwidth": 50000, "max_bandwidth": known[processor_handle_dst.gpu["index"]]}
 
 
 def _answer(handle: Handle, name: str) -> Any:

@@ -97,6 +97,13 @@ int nvmlDeviceGetTopologyCommonAncestor(void *gpu, void *other, uint *out) {
     if (!code) *out = (uint)level;
     return code;
 }
+int nvmlDeviceGetP2PStatus(void *gpu, void *other, uint capability, uint *out) {
+    ull links = 0;
+    if (capability != 2) return 3; /* NVML_P2P_CAPS_INDEX_NVLINK */
+    int code = indexed(gpu, "nvlinks_to", (uint)((size_t)other - 1), &links);
+    if (!code) *out = links ? 0 : 5;
+    return code;
+}
 int nvmlDeviceGetNvLinkState(void *gpu, uint link, uint *out) {
     ull state = 0;
     int code = indexed(gpu, "nvlink", link, &state);

@@ -86,6 +86,27 @@ def test_healthy_mi250x_node_has_no_findings_and_says_what_is_unknown(read: Any)
     assert problem_lines(rows) == warning_lines(rows) == []
 
 
+def test_paths_of_dies_tell_the_links_between_them(read: Any):
+    """MI250X: dies of one card have four links; MI300X: all GPUs are equal. A GPU without an answer has no path."""
+    found = read(*map(mi250x, range(8))).gpus
+    addresses = [gpu.address for gpu in found]
+    paths = [found[0].paths[address] for address in addresses[1:]]
+    over, one, two, four = "XGMI over other GPUs", "XGMI 50 GB/s", "XGMI 100 GB/s", "XGMI 200 GB/s"
+    assert paths == [four, one, over, over, over, two, over]
+    assert all(
+        gpu.paths[other.address] == other.paths[gpu.address] for gpu in found for other in found if gpu is not other
+    )
+    assert {path for gpu in read(*map(mi300x, range(8))).gpus for path in gpu.paths.values()} == {"XGMI 64 GB/s"}
+    silent = {name: value for name, value in mi300x(1).items() if name != "max_bandwidth"}
+    assert read(silent, mi300x(2)).gpus[0].paths == {}
+
+
+def test_amdsmi_without_the_function_of_links_gives_everything_else(read: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tests.support.fake_amdsmi._link_type", None)
+    found = read(mi300x(0), mi300x(1))
+    assert found.error == "" and found.gpus[0].paths == {} and found.gpus[0].xgmi_links == 7
+
+
 RESERVED, PENDING, UNRESERVABLE = (page(number, status) for number, status in enumerate(AmdSmiMemoryPageStatus))
 LOW_CLOCK = {"clk": 1000, "min_clk": 500, "max_clk": 2100, "clk_locked": True, "clk_deep_sleep": 0}
 DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -23,7 +23,7 @@ def node(*changed: BurnIn, **changes: Any) -> NodeMeasurements:
     """Return the measurements of a node with 8 GPUs, the last of which are `changed`."""
     found = NodeMeasurements([*[GPU] * (8 - len(changed)), *changed], 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2))
     found = replace(found, **changes)
-    return found.with_names([f"GPU {index}" for index in range(len(found.devices))])
+    return found.with_names([f"GPU {index}" for index in range(len(found.devices))], {})
 
 
 def rows(*last: NodeMeasurements, nodes: int = 4, baseline: SiteBaseline | None = None, gpu: str = H100,
@@ -94,7 +94,7 @@ def test_disk_that_was_not_measured_has_no_rate():
 def test_gpu_is_named_as_in_other_checks():
     """CUDA_VISIBLE_DEVICES may start at any GPU; rates are compared by torch's numbers."""
     slow = replace(GPU, matrix_tflops=500.0)
-    found = rows(node(devices=[GPU, GPU, slow]).with_names(["GPU 5", "GPU 6", "GPU 7 (PCI 0000:8b:00.0)"]), nodes=1)
+    found = rows(node(devices=[GPU, GPU, slow]).with_names(["GPU 5", "GPU 6", "GPU 7 (PCI 0000:8b:00.0)"], {}), nodes=1)
     assert bad(found)[0][:2] == ("n1", "GPU 7 (PCI 0000:8b:00.0)")
 
 

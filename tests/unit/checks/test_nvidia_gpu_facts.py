@@ -100,10 +100,14 @@ def test_each_gpu_has_the_paths_to_the_others(library: Path):
     uuids = [gpu["uuid"] for gpu in gpus]
     gpus[1]["path0"], gpus[2]["path0"] = 10, 99
     del gpus[3]["path0"]
+    gpus[4] |= {"nvlinks_to0": 1, "nvlinks_to1": 0}
     found = read(library, gpus).gpus
     assert found[0].paths == dict(zip(uuids[1:], ("NODE", "NODE", "NODE", "SYS"), strict=True))
     assert found[1].paths[uuids[0]] == "PIX" and found[2].paths[uuids[0]] == "level 99"
     assert list(found[3].paths) == [uuids[1], uuids[2], uuids[4]], "NVML does not know one of them"
+    assert [found[4].paths[uuid] for uuid in uuids[:3]] == ["NVLink", "SYS", "SYS"], (
+        "NVLink comes before the path over PCIe"
+    )
 
 
 def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(library: Path):

@@ -25,6 +25,7 @@ class AmdGpuFacts:
     activity:       per cent of the time that the GPU was at work when its clock was read
     processes:      process ID -> text, of the processes that have memory of the GPU
     xgmi_links:     number of XGMI links that are up; xgmi_links_down has the numbers of those that are down
+    paths:          address of another GPU of the node -> XGMI with the rate of its links, or PCIe
     pcie_speed:     GT/s per lane
     """
 
@@ -42,6 +43,7 @@ class AmdGpuFacts:
     processes: Mapping[int, str] | None = None
     xgmi_links: int | None = None
     xgmi_links_down: list[int] | None = None
+    paths: Mapping[str, str] = field(default_factory=dict)
     pcie_speed: float | None = None
     pcie_speed_max: float | None = None
     pcie_width: int | None = None

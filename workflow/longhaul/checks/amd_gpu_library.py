@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import combinations
 from typing import Any
 
 from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, Answers
@@ -26,6 +27,8 @@ _SLOWDOWNS = {
 }
 """Fields of amdsmi_get_violation_status, of MI300 and later GPUs."""
 _LARGEST = (2**32 - 1, 2**64 - 1)
+_XGMI = 2
+"""AMDSMI_LINK_TYPE_XGMI of amdsmi.h"""
 
 
 def read_library() -> tuple[str, dict[str, Answers]]:
@@ -46,6 +49,8 @@ def read_library() -> tuple[str, dict[str, Answers]]:
         ):  # clocks first: the load ends soon, and a slowdown takes amdsmi 0.1 s per GPU
             for address, handle in handles.items():
                 ask(amdsmi, handle, answers[address])
+        for address, paths in _paths(amdsmi, handles).items():
+            answers[address].values["paths"] = paths
     finally:
         amdsmi.amdsmi_shut_down()
     return str(getattr(amdsmi, "__version__", "")), answers
@@ -132,6 +137,29 @@ def _xgmi_links(states: Sequence[str]) -> tuple[int | None, list[int]]:
     """Return how many links are up, and the numbers of those that are down. X: switched off, or the GPU itself."""
     up, down = states.count("U"), [number for number, state in enumerate(states) if state == "D"]
     return (up if up or down else None), down
+
+
+def _paths(amdsmi: Any, handles: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return address -> address of another GPU -> what connects them. Pairs that amdsmi does not answer for are absent."""
+    found: dict[str, dict[str, str]] = {address: {} for address in handles}
+    for one, other in combinations(handles, 2):
+        with suppress(Exception):  # as in Answers.ask: GPUs, drivers and versions of ROCm differ in what they answer
+            path = _path(amdsmi, handles[one], handles[other])
+            found[one][other] = found[other][one] = path
+    return found
+
+
+def _path(amdsmi: Any, gpu: Any, other: Any) -> str:
+    """Return the path with the rate of its links: two dies of MI250X have 4, 2 or 1 of them, or a third die between them.
+
+    The rate tells, and not the hops: on Frontier amdsmi states one hop between any two dies (github.com/ROCm/rocm-systems, 5763).
+    """
+    if amdsmi.amdsmi_topo_get_link_type(gpu, other)["type"] != _XGMI:
+        return "PCIe"
+    mb_per_s = 0
+    with suppress(amdsmi.AmdSmiLibraryException):  # no direct link
+        mb_per_s = _number(amdsmi.amdsmi_get_minmax_bandwidth_between_processors(gpu, other)["max_bandwidth"]) or 0
+    return f"XGMI {mb_per_s / 1000:g} GB/s" if mb_per_s else "XGMI over other GPUs"
 
 
 def _pcie_link(answer: Mapping[str, Any]) -> list[float | None]:

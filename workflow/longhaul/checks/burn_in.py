@@ -142,12 +142,13 @@ def _result(load: _Load, copy_bytes: int) -> BurnIn:
 
 def _copy_rate(to: torch.Tensor, source: torch.Tensor) -> float:
     """Return the rate of the fastest of some copies in GB/s: other traffic on the bus only makes copies slower."""
-    device = to.device if to.device.type == "cuda" else source.device
-    times_s = []
-    for _ in range(_COPIES):
-        timer = _Timer(device)
-        timer.begin()
-        to.copy_(source, non_blocking=True)
-        timer.end()
-        times_s.append(timer.seconds())
-    return round(to.numel() / min(times_s) / 1e9, 3)
+    return round(to.numel() / min(copy_seconds(to, source) for _ in range(_COPIES)) / 1e9, 3)
+
+
+def copy_seconds(to: torch.Tensor, source: torch.Tensor) -> float:
+    """Copy a tensor of a device to one of the same or of another device, and return the time by the device's clock."""
+    timer = _Timer(to.device if to.device.type == "cuda" else source.device)
+    timer.begin()
+    to.copy_(source, non_blocking=True)
+    timer.end()
+    return timer.seconds()

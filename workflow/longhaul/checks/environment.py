@@ -22,7 +22,7 @@ from longhaul.checks.build_check_rows import print_checks, problem_lines, warnin
 from longhaul.checks.connection_checks import connection_rows, failed_pairs, nodes_without_connections
 from longhaul.checks.core_speed import is_judged, measure_all_nodes
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
-from longhaul.checks.judge_measurements import EXACT_PRODUCTS
+from longhaul.checks.judge_measurements import EXACT_RESULTS
 from longhaul.checks.node_connections import Connections, connect_to_others
 from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
@@ -112,8 +112,8 @@ def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec, connections: Seque
 
 
 def _tolerated(row: CheckRow) -> CheckRow:
-    """Return a failed row as a warning. Nobody can use a device that computes wrong results."""
-    return {**row, "result": "warn"} if row["result"] == "fail" and row["check"] != EXACT_PRODUCTS else row
+    """Return a failed row as a warning, but not that of a wrong result."""
+    return {**row, "result": "warn"} if row["result"] == "fail" and row["check"] not in EXACT_RESULTS else row
 
 
 def tested_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Classifies what nodes measured: products with a known result, rates, the local disk, files in the run folder."""
+"""Classifies what nodes measured: products with a known result, rates, pairs of GPUs, the local disk, files in the run folder."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.build_check_rows import Component
 from longhaul.checks.compare_rates_with_limits import RateLimits, rate_rows
+from longhaul.checks.judge_gpu_pairs import EXACT_COPIES, copy_rate_rows, wrong_copy_rows
 from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
 
 EXACT_PRODUCTS = "products with a known result"
+EXACT_RESULTS = (EXACT_PRODUCTS, EXACT_COPIES)
+"""Checks whose failure no config tolerates: nobody can use a device that computes or sends wrong values."""
 
 
 def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> list[CheckRow]:
@@ -17,9 +20,11 @@ def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimit
     rows = [
         _exact_row(Component(node, device.name), device) for node, found in measured.items() for device in found.devices
     ]
+    rows += wrong_copy_rows(measured)
     rows += [_no_burn_in_row(Component(node), found.error) for node, found in measured.items() if found.error]
     rows += _baseline_rows(limits)
     rows += rate_rows(measured, limits)
+    rows += copy_rate_rows(measured)
     for node, found in measured.items():
         rows += _local_disk_rows(Component(node), found.local_disk) if found.local_disk else []
         rows += [_run_folder_row(Component(node), found.run_folder)] if found.run_folder else []

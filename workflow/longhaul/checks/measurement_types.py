@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,23 @@ class BurnIn:
     host_to_device_gb_per_s: float
     device_to_host_gb_per_s: float
     name: str = ""
+
+
+@dataclass(frozen=True)
+class GpuPair:
+    """Copies between two GPUs of a node, in both directions.
+
+    first, second: their places in NodeMeasurements.devices
+    gb_per_s:      rate of the slower direction
+    wrong_bytes:   that arrived in both directions
+    path:          what connects them, by gpu_pair_paths.py; "" where nothing states it
+    """
+
+    first: int
+    second: int
+    gb_per_s: float
+    wrong_bytes: int
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,9 @@ class SafeWrite:
 class NodeMeasurements:
     """Measurements of one node; None for what a short check leaves out.
 
-    devices: in the order of the GPUs, or the CPU alone on a node without GPUs
-    error:   why the devices could not be measured; there are none then
+    devices:   in the order of the GPUs, or the CPU alone on a node without GPUs
+    error:     why the devices could not be measured; there are none then
+    gpu_pairs: every two GPUs; fewer on a node where they take too long
     """
 
     devices: list[BurnIn]
@@ -59,11 +77,13 @@ class NodeMeasurements:
     local_disk: DiskSpeed | None = None
     run_folder: SafeWrite | None = None
     error: str = ""
+    gpu_pairs: list[GpuPair] = field(default_factory=list[GpuPair])
 
-    def with_names(self, names: Sequence[str]) -> NodeMeasurements:
-        """Return these measurements with a name for each device."""
+    def with_names(self, names: Sequence[str], paths: Mapping[tuple[int, int], str]) -> NodeMeasurements:
+        """Return these measurements with a name for each device, and with what connects each pair of GPUs."""
         named = [replace(device, name=name) for device, name in zip(self.devices, names, strict=True)]
-        return replace(self, devices=named)
+        pairs = [replace(pair, path=paths.get((pair.first, pair.second), "")) for pair in self.gpu_pairs]
+        return replace(self, devices=named, gpu_pairs=pairs)
 
     @property
     def disk_write_gb_per_s(self) -> float | None:

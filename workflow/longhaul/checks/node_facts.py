@@ -23,6 +23,7 @@ from longhaul.artifacts.atomic_files import free_bytes
 from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
 from longhaul.checks.gpu_labels import names_of_torch_gpus
+from longhaul.checks.gpu_pair_paths import paths_between_torch_gpus
 from longhaul.checks.hardware_facts import read_hardware
 from longhaul.checks.nvidia_gpu_facts import (
     GpuReading,
@@ -116,7 +117,8 @@ def _measure(
         readings = read_under_load(lambda: read(is_loaded=bool(uuids)))
     except RuntimeError as error:  # of a GPU that fails under load, or whose memory another process holds
         return NodeMeasurements([], error=first_line(error)), read()
-    return measured.with_names(names_of_torch_gpus(found, readings[0])), readings
+    names, paths = names_of_torch_gpus(found, readings[0]), paths_between_torch_gpus(found, *readings)
+    return measured.with_names(names, paths), readings
 
 
 def _measure_speed(job: EnvironmentSpec, found: list[dict[str, Any]]) -> NodeMeasurements:

@@ -1,4 +1,4 @@
-"""Measures one node under load: each GPU's products and copies, memory bandwidth, local disk, run folder."""
+"""Measures one node under load: each GPU's products and copies, pairs of GPUs, memory bandwidth, local disk, run folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from longhaul.checks.burn_in import burn_in, read_while_busy
 from longhaul.checks.disk_speed import direct_speed, safe_write
+from longhaul.checks.gpu_pair_copies import copy_between_gpus
 from longhaul.checks.matrix_products import matrix_tflops
 from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.checks.memory_bandwidth import triad_gb_per_s
@@ -27,13 +28,14 @@ class _Sizes:
 
     matrix: int
     copy: int
+    pair: int
     memory: int
     disk: int
     file: int
 
 
-_GPU_NODE = _Sizes(matrix=8192, copy=256 * MIB, memory=256 * MIB, disk=1024 * MIB, file=64 * MIB)
-_CPU_NODE = _Sizes(matrix=256, copy=4 * MIB, memory=32 * MIB, disk=32 * MIB, file=MIB)
+_GPU_NODE = _Sizes(matrix=8192, copy=256 * MIB, pair=64 * MIB, memory=256 * MIB, disk=1024 * MIB, file=64 * MIB)
+_CPU_NODE = _Sizes(matrix=256, copy=4 * MIB, pair=MIB, memory=32 * MIB, disk=32 * MIB, file=MIB)
 
 
 def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMeasurements:
@@ -50,12 +52,17 @@ def measure_node(folder: Path, scratch: str | None, burn_in_s: float) -> NodeMea
         memory_gb_per_s=triad_gb_per_s(sizes.memory),
         local_disk=direct_speed(Path(scratch or tempfile.gettempdir()), sizes.disk, _DISK_LIMIT_S),
         run_folder=safe_write(folder, sizes.file),
+        gpu_pairs=copy_between_gpus(gpus, sizes.pair),
     )
 
 
 def measure_gpus(burn_in_s: float) -> NodeMeasurements:
-    """Keep all GPUs of this node busy for `burn_in_s` seconds, and verify their products: what a start has time for."""
-    return NodeMeasurements(burn_in(_gpus(), burn_in_s, _GPU_NODE.matrix, _GPU_NODE.copy))
+    """Keep all GPUs of this node busy for `burn_in_s` seconds, and verify products and copies: what a start has time for."""
+    gpus = _gpus()
+    return NodeMeasurements(
+        devices=burn_in(gpus, burn_in_s, _GPU_NODE.matrix, _GPU_NODE.copy),
+        gpu_pairs=copy_between_gpus(gpus, _GPU_NODE.pair),
+    )
 
 
 def matrix_rates() -> list[float]:

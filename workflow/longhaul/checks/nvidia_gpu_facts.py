@@ -27,6 +27,7 @@ SLOWDOWNS = {
 """Bits of nvmlClocksEventReasons (nvml.h) that lower the clocks of a GPU at work."""
 PATHS = {0: "one board", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 """nvmlGpuTopologyLevel_t (nvml.h) -> the word of `nvidia-smi topo -m` for the path over PCIe between two GPUs."""
+NVLINK_PATH = "NVLink"
 NVLINK_ERRORS = {0: "replays", 1: "recoveries", 2: "CRC errors of flits", 3: "CRC errors of data"}
 """nvmlNvLinkErrorCounter_t (nvml.h) -> the kind of error, as in `nvidia-smi nvlink -e`. A sender sends again (replay), or trains
 the link again (recovery); a receiver finds a wrong checksum in flow control or in data. NVML's sums of all links of a GPU,
@@ -43,7 +44,7 @@ class GpuFacts:
     nvlinks:       number of active NVLinks
     nvlinks_down:  numbers of the NVLinks that are not active
     nvlink_errors: kind of NVLINK_ERRORS -> number of an NVLink -> errors
-    paths:         UUID of another GPU of the node -> a word of PATHS
+    paths:         UUID of another GPU of the node -> NVLINK_PATH, else a word of PATHS
 
     nvlink_errors_before: the same in an earlier reading, `watched_s` seconds before
     """
@@ -141,10 +142,18 @@ def _paths(pynvml: Any, gpu: GpuFacts, gpus: Iterable[GpuFacts]) -> dict[str, st
     for other in gpus:
         with suppress(pynvml.NVMLError):
             if other.uuid != gpu.uuid:
-                handles = (pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other))
-                level = pynvml.nvmlDeviceGetTopologyCommonAncestor(*handles)
-                paths[other.uuid] = PATHS.get(level, f"level {level}")
+                handles = [pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other)]
+                paths[other.uuid] = _path(pynvml, *handles)
     return paths
+
+
+def _path(pynvml: Any, gpu: Any, other: Any) -> str:
+    """Return the path that copies take, as `nvidia-smi topo -m` shows it: NVLink where it connects the GPUs."""
+    with suppress(pynvml.NVMLError):
+        if pynvml.nvmlDeviceGetP2PStatus(gpu, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
+            return NVLINK_PATH
+    level = pynvml.nvmlDeviceGetTopologyCommonAncestor(gpu, other)
+    return PATHS.get(level, f"level {level}")
 
 
 def chosen_gpus(reading: GpuReading, uuids: Collection[str]) -> GpuReading:

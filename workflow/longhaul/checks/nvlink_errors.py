@@ -6,10 +6,10 @@ A sum since the driver was loaded says little: each link of two healthy H200 had
 - nvidia-resiliency-ext (NVLinkWindowHealthCheck in shared_utils/health_check.py) allows more replays and recoveries: a link is
   bad if it had some in more than half of the last 30 minutes. So new ones are a warning here.
 
-The environment check sends nothing over NVLinks, so its new errors are those of idle links. The fabric check compares readings
-before and after its collectives (new_link_errors.py). Errors under the load of earlier jobs are in the sums: there, a link is
-compared with the median of the GPU's links, which all count since the same reset. A link with 505 recoveries failed days later,
-while the other links of 320 GPUs had no error (github.com/marin-community/marin/issues/9086).
+The environment check sends only short copies over NVLinks, so its new errors are those of almost idle links. The fabric check
+compares readings before and after its collectives (new_link_errors.py). Errors under the load of earlier jobs are in the sums:
+there, a link is compared with the median of the GPU's links, which all count since the same reset. A link with 505 recoveries
+failed days later, while the other links of 320 GPUs had no error (github.com/marin-community/marin/issues/9086).
 """
 
 from __future__ import annotations
