@@ -235,6 +235,35 @@ def test_slingshot_is_judged_by_its_interfaces():
     assert "expected 400 Gbit/s, node_minimums" in problem_lines(hardware_rows(found, minimum))[0]
 
 
+@pytest.mark.parametrize(
+    ("adapter", "rate", "expected"),
+    [
+        ("17db:0501", 100.0, "200 Gbit/s, the highest rate of a Cassini (Slingshot 11)"),
+        ("1590:0371", 200.0, "400 Gbit/s, the highest rate of a Cassini 2 (Slingshot 400)"),
+        ("MT4119", 50.0, "100 Gbit/s, the highest rate of a ConnectX-5"),
+        ("17db:0501", 200.0, ""),
+        ("MT4119", 100.0, ""),
+        ("", 100.0, ""),
+    ],
+)
+def test_slingshot_below_its_card_is_a_warning_on_equal_nodes(adapter: str, rate: float, expected: str):
+    """The interface of sockets may be a slow port of the same card. With RoCE, the RDMA port has the row."""
+    hsn = [interface(f"hsn{number}", rate_gbit_per_s=rate, adapter=adapter) for number in range(4)]
+    facts = hardware(ports=[], interfaces=[*hsn, interface("eth0", rate_gbit_per_s=25.0, adapter="MT4119")])
+    spec = environment_job(interconnect="ethernet", socket_interface="eth0")
+    lines = warning_lines(hardware_rows(nodes(*[facts] * 4), spec))
+    assert len(lines) == bool(expected)
+    if expected:
+        assert f"port rate: {rate:g} Gbit/s, expected {expected}; let the admins check cable" in lines[0]
+        assert "hsn0" in lines[0] and "eth0" not in lines[0]
+    minimum = environment_job(interconnect="ethernet", minimums=NodeMinimums(port_gbit_per_s=rate))
+    assert warning_lines(hardware_rows(nodes(*[facts] * 4), minimum)) == [], (
+        "the site file says that this rate is right"
+    )
+    roce = environment_job(interconnect="roce", socket_interface="hsn0")
+    assert not any("port rate" in line for line in warning_lines(hardware_rows(nodes(*[facts] * 4), roce)))
+
+
 def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():
     spec = environment_job(minimums=NodeMinimums(port_gbit_per_s=800))
     (line,) = problem_lines(hardware_rows(nodes(), spec))

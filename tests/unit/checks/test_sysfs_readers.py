@@ -49,7 +49,13 @@ def test_interfaces_have_state_rate_mtu_and_errors(tmp_path: Path):
         "hsn0/statistics/tx_errors": 0, "veth0/operstate": "unknown", "veth0/speed": -1, "veth0/mtu": 1500,
         "eth1/operstate": "down", "eth1/mtu": 1500, "lo/operstate": "unknown", "bonding_masters": "bond0",
     })  # fmt: skip
+    device = tmp_path / "devices" / "0000:41:00.0"
+    write_tree(device, {"vendor": "0x17db", "device": "0x0501"})
+    (tmp_path / "class" / "net" / "hsn0" / "device").symlink_to(device)
+    write_tree(tmp_path / "class" / "net" / "eth1" / "device", {"vendor": "0x15b3", "device": "0x1017"})
     down, slingshot, virtual = read_interfaces(tmp_path)
+    assert [one.adapter for one in (down, slingshot, virtual)] == ["MT4119", "17db:0501", ""]
+    assert [one.is_slingshot for one in (down, slingshot, virtual)] == [False, True, False]
     assert (slingshot.name, slingshot.state, slingshot.rate_gbit_per_s, slingshot.mtu) == (
         "hsn0",
         "ACTIVE",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
@@ -20,7 +21,6 @@ from longhaul.checks.port_checks import port_rows
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 
-_SLINGSHOT = "hsn"
 LINK_LAYERS = {"infiniband": "InfiniBand", "roce": "Ethernet"}
 """interconnect.kind in the site file -> link layer of the nodes' ports."""
 # NFS clients may hide a new file until their directory cache expires.
@@ -173,9 +173,14 @@ def _port_rows(nodes: Nodes, job: EnvironmentSpec) -> Iterator[CheckRow]:
 
 
 def _used_interfaces(facts: HardwareFacts, job: EnvironmentSpec) -> list[InterfaceFacts]:
-    """Return the interfaces of sockets and of Slingshot. A name in the site file is a prefix, as for NCCL_SOCKET_IFNAME."""
-    prefixes = (_SLINGSHOT, *(job.socket_interface or "").split(","))
-    return [one for one in facts.interfaces if one.name.startswith(tuple(filter(None, prefixes)))]
+    """Return the interfaces of sockets and of Slingshot. A name in the site file is a prefix, as for NCCL_SOCKET_IFNAME.
+
+    The model of the card tells the rate of Slingshot alone: RDMA ports have their own rows, and sockets may use a slow card.
+    """
+    prefixes = tuple(filter(None, (job.socket_interface or "").split(",")))
+    used = [one for one in facts.interfaces if one.is_slingshot or one.name.startswith(prefixes)]
+    has_model = job.interconnect not in LINK_LAYERS
+    return [one if has_model and one.is_slingshot else replace(one, adapter="") for one in used]
 
 
 def _stated(value: object, reason: str) -> Stated:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from longhaul.checks.sysfs_files import SYS
 from longhaul.runtime.rdma_variables import LINK_LAYERS
 
 _NAMES = {"infiniband": "InfiniBand", "roce": "RoCE"}
-_SLINGSHOT = re.compile(r"hsn\d+")
 _BITS_PER_BYTE = 8
 
 
@@ -52,7 +50,7 @@ def read_node_network(kind: str, ranks: int, hca: str = "", sys: Path = SYS) -> 
         found = [port for port in read_ports(sys) if port.link_layer == LINK_LAYERS[kind] and _is_chosen(port, hca)]
         devices = [sys / "class" / "infiniband" / port.device / "device" for port in found]
     else:
-        found = [interface for interface in read_interfaces(sys) if _SLINGSHOT.fullmatch(interface.name)]
+        found = [interface for interface in read_interfaces(sys) if interface.is_slingshot]
         devices = [sys / "class" / "net" / interface.name / "device" for interface in found]
     ports = [
         (device.resolve().name, port.rate_gbit_per_s)

@@ -10,7 +10,7 @@ from longhaul.checks.build_check_rows import Component
 from longhaul.checks.infiniband_ports import PortFacts
 from longhaul.checks.network_interfaces import InterfaceFacts
 
-_CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink)"
+_CABLE = "let the admins check cable, transceiver and switch port (ibstat, mlxlink; on Slingshot cxi_stat)"
 _OTHER_RATE = (
     f"{_CABLE}; if this card or its switch is built for a lower rate, set node_minimums.port_gbit_per_s "
     "of the site file to it"
@@ -22,9 +22,16 @@ _ADAPTERS = {
     "MT4123": ("ConnectX-6", 200.0),
     "MT4129": ("ConnectX-7", 400.0),
     "MT4131": ("ConnectX-8", 800.0),
+    "17db:0501": ("Cassini (Slingshot 11)", 200.0),
+    "1590:0371": ("Cassini 2 (Slingshot 400)", 400.0),
 }
-"""hca_type, MT and the PCI device ID as in pci.ids but decimal -> name, and highest rate of a port in Gbit/s by the user manual
-(docs.nvidia.com/networking). Cards of a model may be slower, such as those of ConnectX-7 with two ports."""
+"""Model -> name, and highest rate of a port in Gbit/s. A model is hca_type, MT and the PCI device ID in decimal digits, or
+the IDs of vendor and device. Cards of a model may be slower, such as those of ConnectX-7 with two ports.
+
+NVIDIA's: user manuals (docs.nvidia.com/networking). Slingshot's: IDs by HPE's driver (github.com/HewlettPackard/shs-cxi-driver),
+rates by HPE's manual of "200Gbps NIC" and "400Gbps NIC" (github.com/HewlettPackard/shs-docs) and LLNL's glossary ("the HPE 200G
+Slingshot NIC", flux-framework.readthedocs.io). Slingshot 10 has ConnectX-5 (glennklockwood.com/garden/slingshot,
+and "Slingshot-10 (100Gbps) NICs" in GASNet's notes on HPE Cray EX)."""
 
 Port = PortFacts | InterfaceFacts
 Ports = Mapping[str, Sequence[Port]]
@@ -74,7 +81,7 @@ def _rate_row(component: Component, port: Port, min_rate: float | None, usual: f
     if rate is None or expected is None:
         reason = port.unavailable.get("rate_gbit_per_s", "no port states a rate")
         return component.unknown("port rate", reason, "a rate")
-    name, highest = _ADAPTERS.get(port.adapter, ("", 0.0)) if isinstance(port, PortFacts) else ("", 0.0)
+    name, highest = _ADAPTERS.get(port.adapter, ("", 0.0))
     if not min_rate and expected <= rate < highest:
         text = f"{highest:g} Gbit/s, the highest rate of a {name}"
         return component.row("port rate", f"{rate:g} Gbit/s", text, "warn", _OTHER_RATE)
