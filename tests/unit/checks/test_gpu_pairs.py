@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from longhaul.artifacts.node_check_row import CheckRow
+from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
 from longhaul.checks import environment, node_facts, node_measurements
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
 from longhaul.checks.build_check_rows import problem_lines, warning_lines
@@ -27,6 +28,7 @@ from longhaul.errors import BadNodesError
 from tests.support.node_hardware import environment_job, gpu, two_gpu_nodes
 
 CPU = torch.device("cpu")
+H100 = "NVIDIA H100 80GB HBM3"
 GPUS = 8
 ALL_PAIRS = list(combinations(range(GPUS), 2))
 # Dies of MI250X by the rate of the links between them, as on LUMI.
@@ -54,12 +56,12 @@ def mi250x_pairs(rates: Rates | None = None) -> list[GpuPair]:
     return [GpuPair(*pair, (rates or {}).get(pair, usual[pair]), 0, path) for pair, path in paths.items()]
 
 
-def rows(*nodes: list[GpuPair]) -> list[CheckRow]:
+def rows(*nodes: list[GpuPair], gpus: int = GPUS, baseline: SiteBaseline | None = None) -> list[CheckRow]:
     """Return the rows about pairs of these nodes."""
     device = BurnIn(9, 0, 640.0, 2900.0, 55.0, 54.0)
-    devices = [replace(device, name=f"GPU {number}") for number in range(GPUS)]
+    devices = [replace(device, name=f"GPU {number}") for number in range(gpus)]
     measured = {f"n{number}": NodeMeasurements(devices, gpu_pairs=found) for number, found in enumerate(nodes, start=1)}
-    found = measurement_rows(measured, RateLimits(NodeMinimums(), None, "NVIDIA H100 80GB HBM3"))
+    found = measurement_rows(measured, RateLimits(NodeMinimums(), baseline, H100))
     return [row for row in found if "between GPUs" in row["check"]]
 
 
@@ -118,13 +120,39 @@ def test_slow_nvlink_pair_fails_and_is_named():
     assert bad(found) == [("n1", "GPU 0 <-> GPU 1", "warn"), ("n1", "GPU 2 <-> GPU 5", "fail")]
     (line,) = problem_lines(found)
     assert line.startswith(
-        "n1: GPU 2 <-> GPU 5: copies between GPUs, NVLink: 170 GB/s, expected >= 185 GB/s (the median of such pairs is 370); "
+        "n1: GPU 2 <-> GPU 5: copies between GPUs, NVLink: 170 GB/s, expected >= 185 GB/s (the median of the run is 370); "
         "exclude the node; let the admins check the links between these GPUs"
     )
     (line,) = warning_lines(found)
     assert "GPU 0 <-> GPU 1: copies between GPUs, NVLink: 290 GB/s, expected >= 296 GB/s" in line
     (good,) = [row for row in found if row["result"] == "ok" and row["check"] == "copies between GPUs, NVLink"]
     assert good["value"] == "370 to 370 GB/s between 26 pairs"
+
+
+def test_gpu_with_slow_links_to_most_others_is_named_instead_of_its_pairs():
+    slow = {pair: 170.0 if 2 in pair else 250.0 for pair in ALL_PAIRS if 2 in pair or pair == (0, 1)}
+    found = rows(nvlink_pairs(slow))
+    assert bad(found) == [("n1", "GPU 2", "fail"), ("n1", "GPU 0 <-> GPU 1", "warn")]
+    assert problem_lines(found)[0].startswith(
+        "n1: GPU 2: copies between GPUs: 7 of 7 pairs are slow: 170 to 170 GB/s, expected >= 80% of the usual rate of their "
+        "paths; exclude the node; let the admins check the links of this GPU"
+    )
+    narrow = {pair: 6.0 for pair in ALL_PAIRS if 5 in pair}
+    assert bad(rows(pcie_pairs(narrow))) == [("n1", "GPU 5", "warn")], "pairs of several paths show a narrow slot"
+
+
+def test_one_pair_of_gpus_is_compared_with_the_baseline_of_its_path():
+    """Nothing else says whether the only pair of a node is slow. Both of its GPUs may be at fault."""
+    usual = UsualRate(median=370.0, lowest=360.0, highest=375.0, count=4)
+    known = SiteBaseline(H100, "good", "2026-11-29", {}, gpu_pairs={"NVLink": usual})
+    for rate, result in ((300.0, None), (290.0, "warn"), (180.0, "fail")):
+        pair = [GpuPair(0, 1, rate, 0, "NVLink")]
+        assert bad(rows(pair, gpus=2, baseline=known)) == ([("n1", "GPU 0 <-> GPU 1", result)] if result else [])
+        assert bad(rows(pair, gpus=2)) == []
+    (line,) = problem_lines(rows([GpuPair(0, 1, 180.0, 0, "NVLink")], gpus=2, baseline=known))
+    assert "copies between GPUs, NVLink: 180 GB/s, expected >= 185 GB/s (the site's baseline is 370)" in line
+    other = replace(known, gpu="NVIDIA A100-SXM4-40GB")
+    assert bad(rows([GpuPair(0, 1, 180.0, 0, "NVLink")], gpus=2, baseline=other)) == [], "it is of other GPUs"
 
 
 def test_slow_pair_over_pcie_warns():

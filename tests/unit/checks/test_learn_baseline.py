@@ -12,7 +12,7 @@ from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.site_baseline import SiteBaseline, baseline_path, read_baseline
 from longhaul.checks.learn_baseline import learn_baseline, print_baseline
-from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
+from longhaul.checks.measurement_types import BurnIn, DiskSpeed, GpuPair, NodeMeasurements, SafeWrite
 from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
@@ -27,7 +27,8 @@ def write_report(path: Path, *rates: float, gpu: str = "NVIDIA H200") -> None:
     nodes = []
     for number, rate in enumerate(rates):
         burn_in = BurnIn(9, 0, rate, 3900.0, 55.0, 54.0)
-        measured = NodeMeasurements([burn_in] * 2, 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2))
+        pairs = [GpuPair(0, 1, rate / 2, 0, "NVLink")]
+        measured = NodeMeasurements([burn_in] * 2, 400.0, DiskSpeed(3.0, 6.0), SafeWrite(0.2), gpu_pairs=pairs)
         nodes.append({"host": f"n{number}", "gpus": [{"name": gpu}] * 2, "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1,
                       "clock_skew_s": 0.0, "versions": {}, "measured": asdict(measured)})  # fmt: skip
     EnvironmentReport([], nodes, []).write(path)
@@ -45,6 +46,7 @@ def test_usual_rates_are_median_and_spread_over_all_gpus(plan: Plan):
     assert (learned.gpu, learned.run) == ("NVIDIA H200", plan.run)
     assert learned.rates["matrix_tflops"] == {"median": 700.0, "lowest": 650.0, "highest": 720.0, "count": 6}
     assert learned.rates["disk_read_gb_per_s"]["count"] == 3
+    assert learned.gpu_pairs == {"NVLink": {"median": 350.0, "lowest": 325.0, "highest": 360.0, "count": 3}}
 
 
 def test_network_is_stored_if_the_fabric_check_passed_too(plan: Plan, capsys: pytest.CaptureFixture[str]):
@@ -77,7 +79,8 @@ def test_file_is_beside_the_site_file_and_the_next_check_reads_it(plan: Plan, ca
     path = baseline_path(plan.loaded.site_path)
     assert path.name == "site.baseline.json" and path.parent == plan.loaded.site_path.parent
     printed = capsys.readouterr().out
-    assert "matrix products under load" in printed and f"wrote {path}" in printed.replace("\n", "")
+    assert "matrix products under load" in printed and "copies between GPUs, NVLink" in printed
+    assert f"wrote {path}" in printed.replace("\n", "")
     spec = job_spec(plan, JobId("environment"))
     assert isinstance(spec, EnvironmentSpec) and spec.baseline == SiteBaseline.read(path)
     assert EnvironmentSpec.model_validate_json(spec.to_json()) == spec

@@ -29,6 +29,7 @@ class SiteBaseline(Artifact):
     time:  when that was, in UTC
     rates: name of a rate in RATE_CHECKS -> its values
     network: name of checks.network_baseline.NetworkRate -> its values; empty if the fabric check had not run
+    gpu_pairs: what connects two GPUs of a node, NVLink or SYS -> rates of copies between them in GB/s
     """
 
     hint: ClassVar[str] = "delete it, or measure again: longhaul baseline"
@@ -38,6 +39,7 @@ class SiteBaseline(Artifact):
     time: str
     rates: dict[str, UsualRate]
     network: dict[str, UsualRate] = field(default_factory=dict)
+    gpu_pairs: dict[str, UsualRate] = field(default_factory=dict)
 
 
 def baseline_path(site_path: Path) -> Path:

@@ -13,7 +13,7 @@ from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.node_minimums import NodeMinimums
 
-_MIN_FOR_MEDIAN = 3
+FEWEST_FOR_MEDIAN = 3
 """Fewest values to compare: the median of two does not say which one is slow."""
 _SLOW_GPU = "exclude the node; let the admins compare clocks, temperature and power limit with those of a fast GPU"
 _SLOW_HOST = "let the admins compare memory modules, NUMA settings and PCIe links with those of a fast node"
@@ -71,9 +71,16 @@ class RateLimits:
         """Return the GPUs of the baseline if they are not those of the nodes; None if they are, or without a baseline."""
         return self.baseline.gpu if self.baseline and self.baseline.gpu != self.gpu_name else None
 
+    @property
+    def usable_baseline(self) -> SiteBaseline | None:
+        """Return the baseline if it was measured on GPUs like those of the nodes."""
+        return self.baseline if self.other_baseline is None else None
+
 
 @dataclass(frozen=True)
-class _Limit:
+class Limit:
+    """A limit of a rate. origin: where it is from, for people; below: result of a lower rate"""
+
     minimum: float
     origin: str
     below: Result
@@ -88,7 +95,7 @@ def rate_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> I
         for peers in _peers(check, rates_of(check, measured)):
             usual = _usual_limits(check, peers) if limits.gpu_name else []
             for key, rate in peers.items():
-                yield _row(check, _named(measured, *key), rate, [*fixed, *usual])
+                yield rate_row(check, _named(measured, *key), rate, [*fixed, *usual])
 
 
 def _named(measured: Mapping[str, NodeMeasurements], node: str, number: str) -> Component:
@@ -126,38 +133,48 @@ def usual_of(values: Collection[float]) -> UsualRate:
     }
 
 
-def _site_limits(check: RateCheck, limits: RateLimits) -> Iterator[_Limit]:
-    """Yield the site's limits. A rate that a healthy node had when the baseline was taken is no finding."""
+def _site_limits(check: RateCheck, limits: RateLimits) -> Iterator[Limit]:
+    """Yield the site's limits."""
     if minimum := getattr(limits.minimums, check.minimum):
-        yield _Limit(minimum, "node_minimums of the site file", "fail")
-    is_usable = limits.baseline and limits.other_baseline is None
-    usual = limits.baseline.rates.get(check.key) if limits.baseline and is_usable else None
+        yield Limit(minimum, "node_minimums of the site file", "fail")
+    usual = limits.usable_baseline.rates.get(check.key) if limits.usable_baseline else None
     if usual:
-        origin = f"the site's baseline is {usual['median']:.3g}"
-        yield _Limit(min(check.min_share * usual["median"], usual["lowest"]), origin, "warn")
-        yield _Limit(min(check.failed_share * usual["median"], usual["lowest"]), origin, "fail")
+        yield from baseline_limits(check, usual)
 
 
-def _datasheet_limits(check: RateCheck, gpu_name: str) -> Iterator[_Limit]:
-    sheet = datasheet(gpu_name) if gpu_name else None
-    if sheet and check.key == "matrix_tflops":
-        yield _Limit(sheet.min_matrix_tflops, f"the datasheet says {sheet.bf16_tflops:g}", "warn")
-    if sheet and check.key == "device_copy_gb_per_s":
-        yield _Limit(sheet.min_copy_gb_per_s, f"the datasheet says {sheet.memory_gb_per_s:g}", "warn")
-
-
-def _usual_limits(check: RateCheck, peers: Rates) -> list[_Limit]:
-    if len(peers) < _MIN_FOR_MEDIAN:
-        return []
-    median = statistics.median(peers.values())
-    origin = f"the median of the run is {median:.3g}"
+def baseline_limits(check: RateCheck, usual: UsualRate) -> list[Limit]:
+    """Return the limits by the site's baseline. A rate that a healthy node had when it was taken is no finding."""
+    origin = f"the site's baseline is {usual['median']:.3g}"
     return [
-        _Limit(check.min_share * median, origin, "warn"),
-        _Limit(check.failed_share * median, origin, "fail"),
+        Limit(min(check.min_share * usual["median"], usual["lowest"]), origin, "warn"),
+        Limit(min(check.failed_share * usual["median"], usual["lowest"]), origin, "fail"),
     ]
 
 
-def _row(check: RateCheck, component: Component, rate: float, limits: list[_Limit]) -> CheckRow:
+def _datasheet_limits(check: RateCheck, gpu_name: str) -> Iterator[Limit]:
+    sheet = datasheet(gpu_name) if gpu_name else None
+    if sheet and check.key == "matrix_tflops":
+        yield Limit(sheet.min_matrix_tflops, f"the datasheet says {sheet.bf16_tflops:g}", "warn")
+    if sheet and check.key == "device_copy_gb_per_s":
+        yield Limit(sheet.min_copy_gb_per_s, f"the datasheet says {sheet.memory_gb_per_s:g}", "warn")
+
+
+def _usual_limits(check: RateCheck, peers: Rates) -> list[Limit]:
+    if len(peers) < FEWEST_FOR_MEDIAN:
+        return []
+    return median_limits(check, statistics.median(peers.values()))
+
+
+def median_limits(check: RateCheck, median: float) -> list[Limit]:
+    """Return the limits by the median of the run."""
+    origin = f"the median of the run is {median:.3g}"
+    return [
+        Limit(check.min_share * median, origin, "warn"),
+        Limit(check.failed_share * median, origin, "fail"),
+    ]
+
+
+def rate_row(check: RateCheck, component: Component, rate: float, limits: list[Limit]) -> CheckRow:
     """Return the row with the worst limit that the rate misses; if it misses none, with the highest one."""
     missed = sorted((limit for limit in limits if rate < limit.minimum), key=lambda limit: limit.below)  # fail, warn
     shown = next(iter(missed), max(limits, key=lambda limit: limit.minimum, default=None))

@@ -61,7 +61,7 @@ def find_slow_parts(bandwidths: Mapping[Pair, float], share: float, lossy: Colle
         return SlowParts(max(bandwidths.values(), default=0.0), {}, {})
     reference = statistics.median_high(_upper_quartile(list(found.values())) for found in by_node.values())
     slow_pairs = {pair for pair, bandwidth in bandwidths.items() if bandwidth < share * reference or pair in lossy}
-    nodes = _slow_nodes(by_node, slow_pairs)
+    nodes = nodes_of_most_slow_pairs(by_node, slow_pairs)
     links = {pair: bandwidths[pair] for pair in sorted(slow_pairs) if nodes.isdisjoint(pair)}
     medians = {node: statistics.median(by_node[node].values()) for node in sorted(nodes)}
     return SlowParts(reference, medians, links)
@@ -118,8 +118,11 @@ def _upper_quartile(values: list[float]) -> float:
     return sorted(values)[(3 * len(values)) // 4]
 
 
-def _slow_nodes(by_node: Mapping[int, Mapping[Pair, float]], slow_pairs: Iterable[Pair]) -> set[int]:
-    """Return the nodes that explain most slow pairs, the worst one first; each one's pairs are left out for the next."""
+def nodes_of_most_slow_pairs(by_node: Mapping[int, Iterable[Pair]], slow_pairs: Iterable[Pair]) -> set[int]:
+    """Return the nodes that explain most slow pairs, the worst one first; each one's pairs are left out for the next.
+
+    The pairs of a node's GPUs are judged in this way, too.
+    """
     left, named = set(slow_pairs), set[int]()
     counted = {node: set(pairs) for node, pairs in by_node.items()}
     while left:

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.build_check_rows import Component
+from longhaul.checks.compare_rates_with_limits import (
+    FEWEST_FOR_MEDIAN,
+    Limit,
+    RateCheck,
+    RateLimits,
+    baseline_limits,
+    median_limits,
+    rate_row,
+)
+from longhaul.checks.find_slow_nodes import nodes_of_most_slow_pairs
 from longhaul.checks.measurement_types import GpuPair, NodeMeasurements
+from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 EXACT_COPIES, _RATE = "bytes copied between GPUs", "copies between GPUs"
-SLOW_SHARE, FAILED_SHARE = 0.8, 0.5
-"""Shares of the usual rate below which a pair is named, and fails. Over PCIe it never fails: the path leads through CPUs."""
-_FEWEST_COMPARED = 3
-"""The median of two does not say which one is slow."""
+_MIN_SHARE, _FAILED_SHARE = 0.8, 0.5
+"""Shares of the usual rate. A slow pair over PCIe never fails: the path leads through CPUs, and other processes use it, too."""
 _DIRECT_LINKS = ("NVLink", "XGMI")
 _WRONG = "never train on it: exclude the node, and let the admins check the link between these GPUs, and both GPUs"
-_SLOW = (
-    "exclude the node; let the admins check the links between these GPUs (nvidia-smi nvlink -s, amd-smi xgmi), the PCIe "
-    "links, and ACS and IOMMU of the PCIe bridges"
-)
+_TOOLS = "(nvidia-smi nvlink -s, amd-smi xgmi), the PCIe links, and ACS and IOMMU of the PCIe bridges"
+_SLOW = f"exclude the node; let the admins check the links between these GPUs {_TOOLS}"
+_SLOW_GPU = f"exclude the node; let the admins check the links of this GPU {_TOOLS}"
 
 Measured = Mapping[str, NodeMeasurements]
 """Node -> what it measured."""
@@ -43,55 +51,74 @@ def wrong_copy_rows(measured: Measured) -> Iterator[CheckRow]:
             yield Component(node).row(EXACT_COPIES, value, "0 wrong bytes")
 
 
-def copy_rate_rows(measured: Measured) -> Iterator[CheckRow]:
-    """Yield a row per slow pair, and a row for the other pairs of each node and path."""
-    usual = _UsualRates(measured)
+def copy_rate_rows(measured: Measured, limits: RateLimits) -> Iterator[CheckRow]:
+    """Yield a row per GPU most of whose pairs are slow, per other slow pair, and for the good pairs of each node and path."""
+    medians = _medians(measured)
     for node, found in measured.items():
-        for path, pairs in _by_path(found.gpu_pairs).items():
-            slow = [pair for pair in pairs if usual.result(pair) != "ok"]
-            yield from (_slow_row(_component(node, found, pair), pair, usual) for pair in slow)
-            if good := [pair for pair in pairs if pair not in slow]:
-                yield Component(node).row(_check(path), _range_text(good), usual.expected(good))
+        rows = {
+            (pair.first, pair.second): rate_row(
+                _check(pair.path), _component(node, found, pair), pair.gb_per_s, _limits(pair, medians, limits)
+            )
+            for pair in found.gpu_pairs
+        }
+        yield from _slow_rows(node, found, rows)
+        yield from _good_rows(node, found, rows)
         count = len(found.devices) * (len(found.devices) - 1) // 2
         if 0 < len(found.gpu_pairs) < count:
             reason = f"{len(found.gpu_pairs)} of {count} pairs were measured in the time for them"
             yield Component(node).unknown(_RATE, reason, "all pairs")
 
 
-def _slow_row(component: Component, pair: GpuPair, usual: _UsualRates) -> CheckRow:
-    result = usual.result(pair)
-    share = FAILED_SHARE if result == "fail" else SLOW_SHARE
-    return component.row(_check(pair.path), f"{pair.gb_per_s:.3g} GB/s", usual.expected([pair], share), result, _SLOW)
+Rows = Mapping[tuple[int, int], CheckRow]
+"""Numbers of two GPUs -> the row of their pair."""
 
 
-class _UsualRates:
-    """Median rates by path, and by the place of a pair on all nodes. Groups of too few pairs have none."""
+def _slow_rows(node: str, found: NodeMeasurements, rows: Rows) -> Iterator[CheckRow]:
+    """Yield the rows of what is slow. A GPU with bad links makes its pairs slow, which blames their other GPUs, too."""
+    slow = {pair: row for pair, row in rows.items() if row["result"] != "ok"}
+    pairs_of = {gpu: [pair for pair in rows if gpu in pair] for pair in rows for gpu in pair}
+    is_compared = len(pairs_of) >= FEWEST_COMPARED_NODES  # with two GPUs, there is one pair
+    bad_gpus = nodes_of_most_slow_pairs(pairs_of, slow) if is_compared else set()
+    for gpu in sorted(bad_gpus):
+        own = [pair for pair in pairs_of[gpu] if pair in slow]
+        rates = _range_text(pair.gb_per_s for pair in found.gpu_pairs if (pair.first, pair.second) in own)
+        value = f"{len(own)} of {len(pairs_of[gpu])} pairs are slow: {rates}"
+        result: Result = "fail" if any(slow[pair]["result"] == "fail" for pair in own) else "warn"
+        expected = f">= {_MIN_SHARE:.0%} of the usual rate of their paths"
+        yield Component(node, found.devices[gpu].name).row(_RATE, value, expected, result, _SLOW_GPU)
+    yield from (row for pair, row in slow.items() if bad_gpus.isdisjoint(pair))
 
-    def __init__(self, measured: Measured) -> None:
-        rates: dict[object, list[float]] = defaultdict(list)
-        for pair in (pair for found in measured.values() for pair in found.gpu_pairs):
-            for group in _groups(pair):
-                rates[group].append(pair.gb_per_s)
-        self.medians = {
-            group: statistics.median(found) for group, found in rates.items() if len(found) >= _FEWEST_COMPARED
-        }
 
-    def rate(self, pair: GpuPair) -> float | None:
-        """Return the lower median of the pair's groups; None if there is nothing to compare it with."""
-        return min((self.medians[group] for group in _groups(pair) if group in self.medians), default=None)
+def _good_rows(node: str, found: NodeMeasurements, rows: Rows) -> Iterator[CheckRow]:
+    good = [pair for pair in found.gpu_pairs if rows[pair.first, pair.second]["result"] == "ok"]
+    for path in dict.fromkeys(pair.path for pair in good):
+        pairs = [pair for pair in good if pair.path == path]
+        slowest = min(pairs, key=lambda pair: pair.gb_per_s)
+        value = f"{_range_text(pair.gb_per_s for pair in pairs)} between {len(pairs)} pairs"
+        yield Component(node).row(_check(path).check, value, rows[slowest.first, slowest.second]["expected"])
 
-    def result(self, pair: GpuPair) -> Result:
-        usual = self.rate(pair)
-        if usual is None or pair.gb_per_s >= SLOW_SHARE * usual:
-            return "ok"
-        is_direct = pair.path.startswith(_DIRECT_LINKS)
-        return "fail" if is_direct and pair.gb_per_s < FAILED_SHARE * usual else "warn"
 
-    def expected(self, pairs: Sequence[GpuPair], share: float = SLOW_SHARE) -> str:
-        known = [rate for rate in map(self.rate, pairs) if rate is not None]
-        if not known:
-            return "measured only"
-        return f">= {share * min(known):.3g} GB/s (the median of such pairs is {min(known):.3g})"
+def _check(path: str) -> RateCheck:
+    failed_share = _FAILED_SHARE if path.startswith(_DIRECT_LINKS) else 0.0
+    check = f"{_RATE}, {path}" if path else _RATE
+    return RateCheck(check, "gb_per_s", "", "GB/s", _SLOW, _MIN_SHARE, failed_share)
+
+
+def _limits(pair: GpuPair, medians: Mapping[object, float], limits: RateLimits) -> list[Limit]:
+    check = _check(pair.path)
+    usual = limits.usable_baseline.gpu_pairs.get(pair.path) if limits.usable_baseline else None
+    of_baseline = baseline_limits(check, usual) if usual else []
+    known = [medians[group] for group in _groups(pair) if group in medians]
+    return [*of_baseline, *(median_limits(check, min(known)) if known else [])]
+
+
+def _medians(measured: Measured) -> dict[object, float]:
+    """Return the median rate of each group of pairs that are compared; groups of too few pairs have none."""
+    rates: dict[object, list[float]] = defaultdict(list)
+    for pair in (pair for found in measured.values() for pair in found.gpu_pairs):
+        for group in _groups(pair):
+            rates[group].append(pair.gb_per_s)
+    return {group: statistics.median(found) for group, found in rates.items() if len(found) >= FEWEST_FOR_MEDIAN}
 
 
 def _groups(pair: GpuPair) -> list[object]:
@@ -100,20 +127,17 @@ def _groups(pair: GpuPair) -> list[object]:
     return [pair.path, place] if pair.path else [place]
 
 
-def _by_path(pairs: Sequence[GpuPair]) -> dict[str, list[GpuPair]]:
-    found: dict[str, list[GpuPair]] = defaultdict(list)
-    for pair in pairs:
-        found[pair.path].append(pair)
-    return found
+def _range_text(rates: Iterable[float]) -> str:
+    known = sorted(rates)
+    return f"{known[0]:.3g} to {known[-1]:.3g} GB/s"
 
 
-def _check(path: str) -> str:
-    return f"{_RATE}, {path}" if path else _RATE
-
-
-def _range_text(pairs: Sequence[GpuPair]) -> str:
-    rates = [pair.gb_per_s for pair in pairs]
-    return f"{min(rates):.3g} to {max(rates):.3g} GB/s between {len(pairs)} pairs"
+def rates_by_path(measured: Measured) -> dict[str, Sequence[float]]:
+    """Return path -> the rates of all pairs of all nodes; pairs without a known path have none."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for pair in (pair for one in measured.values() for pair in one.gpu_pairs if pair.path):
+        found[pair.path].append(pair.gb_per_s)
+    return dict(found)
 
 
 def _component(node: str, found: NodeMeasurements, pair: GpuPair) -> Component:

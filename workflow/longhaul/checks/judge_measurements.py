@@ -24,7 +24,7 @@ def measurement_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimit
     rows += [_no_burn_in_row(Component(node), found.error) for node, found in measured.items() if found.error]
     rows += _baseline_rows(limits)
     rows += rate_rows(measured, limits)
-    rows += copy_rate_rows(measured)
+    rows += copy_rate_rows(measured, limits)
     for node, found in measured.items():
         rows += _local_disk_rows(Component(node), found.local_disk) if found.local_disk else []
         rows += [_run_folder_row(Component(node), found.run_folder)] if found.run_folder else []

@@ -14,6 +14,7 @@ from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.job_state import utc_now
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
 from longhaul.checks.compare_rates_with_limits import RATE_CHECKS, rates_of, usual_of
+from longhaul.checks.judge_gpu_pairs import rates_by_path
 from longhaul.checks.measurement_types import NodeMeasurements
 from longhaul.checks.network_baseline import network_rates
 from longhaul.errors import UserError
@@ -40,7 +41,8 @@ def learn_baseline(plan: Plan) -> SiteBaseline:
     rates = {check.key: rates_of(check, measured) for check in RATE_CHECKS}
     gpu = _gpu_name(report.nodes)
     known = {key: usual_of(found.values()) for key, found in rates.items() if found}
-    return SiteBaseline(gpu, plan.run, utc_now(), known, _network(plan))
+    pairs = {path: usual_of(found) for path, found in rates_by_path(measured).items()}
+    return SiteBaseline(gpu, plan.run, utc_now(), known, _network(plan), pairs)
 
 
 def _network(plan: Plan) -> dict[str, UsualRate]:
@@ -70,11 +72,11 @@ def print_baseline(baseline: SiteBaseline) -> None:
     """Print the usual rates."""
     title = f"Usual rates of {baseline.gpu or 'nodes without GPUs'}, by run {baseline.run}"
     table = Table("rate", "unit", "median", "lowest", "highest", "values", title=title, title_justify="left")
-    for check in RATE_CHECKS:
-        if rate := baseline.rates.get(check.key):
-            values = (f"{rate[name]:.4g}" for name in ("median", "lowest", "highest"))
-            table.add_row(check.check, check.unit, *values, str(rate["count"]))
-    for name, rate in baseline.network.items():
-        values = (f"{rate[name]:.4g}" for name in ("median", "lowest", "highest"))
-        table.add_row(name, "GB/s", *values, str(rate["count"]))
+    known = {check.check: (check.unit, baseline.rates.get(check.key)) for check in RATE_CHECKS}
+    known |= {f"copies between GPUs, {path}": ("GB/s", rate) for path, rate in baseline.gpu_pairs.items()}
+    known |= {name: ("GB/s", rate) for name, rate in baseline.network.items()}
+    for name, (unit, rate) in known.items():
+        if rate:
+            values = (f"{rate[key]:.4g}" for key in ("median", "lowest", "highest"))
+            table.add_row(name, unit, *values, str(rate["count"]))
     Console(width=120).print(table)
