@@ -11,7 +11,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from longhaul.artifacts.node_check_row import CheckRow, Result
+from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.build_check_rows import Component
 from longhaul.checks.compare_rates_with_limits import (
     FEWEST_FOR_MEDIAN,
@@ -24,7 +24,7 @@ from longhaul.checks.compare_rates_with_limits import (
 )
 from longhaul.checks.find_slow_nodes import nodes_of_most_slow_pairs
 from longhaul.checks.measurement_types import GpuPair, NodeMeasurements
-from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
+from longhaul.config.gpu_datasheets import NVLINK_GB_PER_S, datasheet, least_nvlinks_of_pair, min_copy_over_nvlinks
 
 EXACT_COPIES, _RATE = "bytes copied between GPUs", "copies between GPUs"
 _MIN_SHARE, _FAILED_SHARE = 0.8, 0.5
@@ -57,7 +57,10 @@ def copy_rate_rows(measured: Measured, limits: RateLimits) -> Iterator[CheckRow]
     for node, found in measured.items():
         rows = {
             (pair.first, pair.second): rate_row(
-                _check(pair.path), _component(node, found, pair), pair.gb_per_s, _limits(pair, medians, limits)
+                _check(pair.path),
+                _component(node, found, pair),
+                pair.gb_per_s,
+                _limits(pair, medians, limits, gpus=len(found.devices)),
             )
             for pair in found.gpu_pairs
         }
@@ -77,15 +80,15 @@ def _slow_rows(node: str, found: NodeMeasurements, rows: Rows) -> Iterator[Check
     """Yield the rows of what is slow. A GPU with bad links makes its pairs slow, which blames their other GPUs, too."""
     slow = {pair: row for pair, row in rows.items() if row["result"] != "ok"}
     pairs_of = {gpu: [pair for pair in rows if gpu in pair] for pair in rows for gpu in pair}
-    is_compared = len(pairs_of) >= FEWEST_COMPARED_NODES  # with two GPUs, there is one pair
-    bad_gpus = nodes_of_most_slow_pairs(pairs_of, slow) if is_compared else set()
+    bad_gpus = nodes_of_most_slow_pairs(pairs_of, slow)
+    if 2 * len(bad_gpus) >= len(pairs_of):  # the fault is none of a GPU; with two GPUs, nobody knows which one it is of
+        bad_gpus = set()
     for gpu in sorted(bad_gpus):
         own = [pair for pair in pairs_of[gpu] if pair in slow]
-        rates = _range_text(pair.gb_per_s for pair in found.gpu_pairs if (pair.first, pair.second) in own)
-        value = f"{len(own)} of {len(pairs_of[gpu])} pairs are slow: {rates}"
-        result: Result = "fail" if any(slow[pair]["result"] == "fail" for pair in own) else "warn"
-        expected = f">= {_MIN_SHARE:.0%} of the usual rate of their paths"
-        yield Component(node, found.devices[gpu].name).row(_RATE, value, expected, result, _SLOW_GPU)
+        rates = {(pair.first, pair.second): pair.gb_per_s for pair in found.gpu_pairs}
+        value = f"{len(own)} of {len(pairs_of[gpu])} pairs are slow: {_range_text(rates[pair] for pair in own)}"
+        worst = slow[min(own, key=lambda pair: (slow[pair]["result"] != "fail", rates[pair]))]
+        yield Component(node, found.devices[gpu].name).row(_RATE, value, worst["expected"], worst["result"], _SLOW_GPU)
     yield from (row for pair, row in slow.items() if bad_gpus.isdisjoint(pair))
 
 
@@ -104,12 +107,25 @@ def _check(path: str) -> RateCheck:
     return RateCheck(check, "gb_per_s", "", "GB/s", _SLOW, _MIN_SHARE, failed_share)
 
 
-def _limits(pair: GpuPair, medians: Mapping[object, float], limits: RateLimits) -> list[Limit]:
+def _limits(pair: GpuPair, medians: Mapping[object, float], limits: RateLimits, gpus: int) -> list[Limit]:
+    """Return the limits of a pair. gpus: of its node"""
     check = _check(pair.path)
     usual = limits.usable_baseline.gpu_pairs.get(pair.path) if limits.usable_baseline else None
     of_baseline = baseline_limits(check, usual) if usual else []
     known = [medians[group] for group in _groups(pair) if group in medians]
-    return [*of_baseline, *(median_limits(check, min(known)) if known else [])]
+    of_run = median_limits(check, min(known)) if known else []
+    return [*of_baseline, *of_run, *_nvlink_limits(limits, gpus)]
+
+
+def _nvlink_limits(limits: RateLimits, gpus: int) -> list[Limit]:
+    """Return the limit by the NVLinks that GPUs of this name have in every server: copies may not use them, on any path."""
+    sheet = datasheet(limits.gpu_name) if limits.gpu_name else None
+    if sheet is None or sheet.nvlinks is None:
+        return []
+    of_site = limits.minimums.nvlinks  # 0: the site has them without NVLinks
+    links = least_nvlinks_of_pair(sheet.nvlinks if of_site is None else of_site, gpus)
+    origin = f"{links} NVLinks have {links * NVLINK_GB_PER_S} GB/s"
+    return [Limit(min_copy_over_nvlinks(links), origin, "warn")] if links else []
 
 
 def _medians(measured: Measured) -> dict[object, float]:

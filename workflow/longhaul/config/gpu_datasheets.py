@@ -36,6 +36,28 @@ class GpuDatasheet:
         return self.min_share_of_memory * self.memory_gb_per_s
 
 
+NVLINK_GB_PER_S = 25
+"""Rate of an NVLink 3 or 4, in one direction: that of A100, H100 and H200."""
+_MIN_SHARE_OF_NVLINKS = 0.6
+"""Healthy copies reach 371 of 450 GB/s on eight H100 (github.com/NVIDIA/nccl/issues/1264), and 130 of 150 on four
+(github.com/NVIDIA/cuda-samples/issues/392)."""
+_MOST_DIRECT_GPUS = 4
+
+
+def least_nvlinks_of_pair(nvlinks: int, gpus: int) -> int:
+    """Return how many NVLinks two GPUs have at least. Servers of four GPUs may connect them directly, with a third of the links.
+
+    nvlinks: of a GPU
+    gpus:    of the node, as far as the job uses them
+    """
+    return nvlinks if gpus > _MOST_DIRECT_GPUS else nvlinks // (_MOST_DIRECT_GPUS - 1)
+
+
+def min_copy_over_nvlinks(nvlinks: int) -> float:
+    """Return the least rate in GB/s of a healthy copy over so many NVLinks. Over PCIe 5, a copy reaches at most 63 GB/s."""
+    return _MIN_SHARE_OF_NVLINKS * NVLINK_GB_PER_S * nvlinks
+
+
 # The first match counts. Products of 8192 reach 80 to 87 % of the datasheet on A100 and H100 and about half on MI300X
 # (github.com/stas00/ml-engineering, Maximum Achievable Matmul FLOPS); the shares leave a margin for low power limits. Copies
 # reach 84 % on H100, and 40 to 60 % on MI300X (scalarlm.com/blog/scalarlm-benchmarking-mi300x-memcpy).
