@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.node_check_row import CheckRow
+from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
 from longhaul.checks.build_check_rows import print_checks, problem_lines, warning_lines
 from longhaul.checks.gpu_labels import gpu_name
 from longhaul.checks.hardware_checks import hardware_rows
@@ -338,6 +339,22 @@ def test_node_whose_gpus_are_far_from_the_adapters_is_named():
     assert warning_lines(rows)[0].startswith(
         "n4: adapters next to GPUs: NUMA node 0: 2 GPUs, 4 ports, NUMA node 1: 2 GPUs, 0 ports, expected NUMA node 0: 2 GPUs, 2"
     )
+
+
+def test_amd_node_with_other_links_between_its_gpus_is_named():
+    def wired(path: str) -> HardwareFacts:
+        gpus = [AmdGpuFacts("0000:c1:00.0"), AmdGpuFacts("0000:c6:00.0", paths={"0000:c1:00.0": path} if path else {})]
+        return hardware(gpus=GpuReading([], "NVML: NVML Shared Library Not Found"), amd_gpus=AmdReading(gpus))
+
+    found = nodes(wired("XGMI 200 GB/s"), wired("XGMI 200 GB/s"), wired("XGMI 50 GB/s"), wired(""))
+    rows = hardware_rows(found, environment_job(build="rocm 6.4", interconnect="ethernet"))
+    paths = [(row["value"], row["result"]) for row in rows if row["check"] == "paths between GPUs"]
+    assert paths == [
+        ("1 XGMI 200 GB/s", "ok"),
+        ("1 XGMI 200 GB/s", "ok"),
+        ("1 XGMI 50 GB/s", "warn"),
+        ("not available: amdsmi states no path between the GPUs", "unknown"),
+    ]
 
 
 def test_node_with_other_paths_between_its_gpus_is_named():

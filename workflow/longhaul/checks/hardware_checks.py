@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
@@ -215,13 +216,14 @@ def _rdma_driver(facts: HardwareFacts, is_needed: bool) -> Stated:
 
 
 def _gpu_paths(facts: HardwareFacts) -> Stated:
-    """Return the number of pairs of the job's GPUs by their path, `12 NODE, 16 SYS`."""
-    gpus = facts.gpus.gpus
-    paths = Counter(
-        path for number, gpu in enumerate(gpus) for other in gpus[:number] if (path := gpu.paths.get(other.uuid))
-    )
-    text = ", ".join(f"{count} {path}" for path, count in sorted(paths.items()))
-    return _stated(text, "NVML states no path between the GPUs" if len(gpus) > 1 else "")
+    """Return the number of pairs of the job's GPUs by their path, `12 NODE, 16 SYS`; by NVML, or on AMD GPUs by amdsmi."""
+    source, paths_of = "NVML", {gpu.uuid: gpu.paths for gpu in facts.gpus.gpus}
+    if not paths_of:
+        source, paths_of = "amdsmi", {gpu.address: gpu.paths for gpu in facts.amd_gpus.gpus}
+    pairs = combinations(paths_of, 2)
+    counts = Counter(path for first, second in pairs if (path := paths_of[second].get(first)))
+    text = ", ".join(f"{count} {path}" for path, count in sorted(counts.items()))
+    return _stated(text, f"{source} states no path between the GPUs" if len(paths_of) > 1 else "")
 
 
 def _affinity(facts: HardwareFacts, is_needed: bool) -> Stated:
