@@ -13,13 +13,16 @@ import pytest
 
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks import amd_gpu_reading
-from longhaul.checks.amd_gpu_checks import amd_rows
+from longhaul.checks.amd_gpu_checks import amd_kernel_log_rows, amd_rows
 from longhaul.checks.amd_gpu_facts import AmdReading, with_earlier_processes
 from longhaul.checks.amd_gpu_library import read_library
 from longhaul.checks.amd_gpu_reading import read_amd_gpus
+from longhaul.checks.amd_kernel_log import AmdKernelError
 from longhaul.checks.build_check_rows import problem_lines, warning_lines
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.kernel_log import KernelLog
+from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.pcie_links import PcieLink
 from tests.support.fake_amdsmi import (
     NO_PERMISSION,
@@ -34,7 +37,7 @@ from tests.support.fake_amdsmi import (
     process,
     violations,
 )
-from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware, link
+from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware, link, two_gpu_nodes
 from tests.support.sysfs_tree import write_tree
 
 ADDRESS, OTHER = "0000:c1:00.0", "0000:c6:00.0"
@@ -389,3 +392,31 @@ def test_width_of_the_link_is_that_of_amdsmi(read: Any, tmp_path: Path):
 def _facts(host: str, facts: HardwareFacts) -> dict[str, Any]:
     return {"host": host, "hardware": facts, "measured": None, "gpus": [], "cpus": 8, "core_speed": HEALTHY_CORES,
             "run_folder_seen_after_s": 0.1, "own_file_seen_after_s": 0.1}  # fmt: skip
+
+
+def test_gpu_whose_reset_failed_is_bad_and_other_resets_are_a_warning(read: Any):
+    reading = read(mi300x(0), mi300x(1))
+    events = [
+        AmdKernelError("failed GPU reset", OTHER, 1, "amdgpu: GPU reset(1) failed"),
+        AmdKernelError("GPU reset", ADDRESS, 2, "amdgpu: GPU reset begin!"),
+        AmdKernelError("failed GPU reset", "0000:99:00.0", 1, "amdgpu: GPU reset(1) failed"),
+    ]
+    node = {"host": "n1", "gpus": [], "measured": None, "hardware": hardware(
+        gpus=GpuReading([], "no NVML"), amd_gpus=reading, kernel_log=KernelLog([], amd_errors=events))}  # fmt: skip
+    facts = [{**two_gpu_nodes()[0], **node, "cpus": 96}]
+    found = [
+        row for row in hardware_rows(facts, environment_job(build="rocm 6.4", nodes=1)) if row["check"] == "kernel log"
+    ]
+    assert [(row["component"], row["result"]) for row in found] == [
+        (f"GPU {OTHER}", "fail"),
+        (f"GPU {ADDRESS}", "warn"),
+        ("GPU 0000:99:00.0", "warn"),
+    ]
+    assert problem_lines(found) == [
+        f"n1: GPU {OTHER}: kernel log: failed GPU reset: amdgpu: GPU reset(1) failed, expected no hardware errors and no resets "
+        "of GPUs; drain the node and restart it; if it happens again, the GPU must be replaced"
+    ]
+    assert found[1]["value"] == "GPU reset, 2 times: amdgpu: GPU reset begin!"
+    assert "a program can cause a reset" in found[1]["remedy"] and "this job does not use the GPU" in found[2]["remedy"]
+    quiet, closed = (list(amd_kernel_log_rows("n1", log, reading)) for log in (KernelLog([]), KernelLog([], "closed")))
+    assert [row["result"] for row in (*quiet, *closed)] == ["ok", "unknown"]

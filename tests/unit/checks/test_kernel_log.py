@@ -76,3 +76,32 @@ def test_log_that_nobody_may_read_says_why(tmp_path: Path, monkeypatch: pytest.M
         found.errors == []
         and "none: No such file or directory; the journal shows no kernel messages" in found.unreadable
     )
+
+
+AMDGPU = """\
+6,901,1000,-;amdgpu 0000:e3:00.0: amdgpu: MEM ECC is active.
+3,902,2000,-;amdgpu 0000:e3:00.0: amdgpu: uncorrectable hardware error(ERREVENT_ATHUB_INTERRUPT) detected!
+6,903,2001,-;amdgpu 0000:e3:00.0: amdgpu: GPU reset begin!
+6,904,2500,-;amdgpu 0000:e3:00.0: amdgpu: GPU reset(1) failed
+6,905,2501,-;amdgpu 0000:e3:00.0: amdgpu: GPU reset end with ret = -62
+6,906,3000,-;amdgpu 0000:c1:00.0: amdgpu: GPU reset begin!. Source:  3
+6,907,3400,-;amdgpu 0000:c1:00.0: amdgpu: GPU reset(1) failed
+6,908,4000,-;amdgpu 0000:c1:00.0: amdgpu: GPU reset begin!. Source:  4
+6,909,4400,-;amdgpu 0000:c1:00.0: amdgpu: GPU reset(2) succeeded!
+3,910,5000,-;amdgpu 0000:68:00.0: {1}uncorrectable hardware error(ERREVENT_ATHUB_INTERRUPT) detected!
+6,911,6000,-;amdgpu 0000:68:00.0: amdgpu: 0 uncorrectable hardware errors detected in umc block
+"""
+
+
+def test_resets_and_hardware_errors_of_amd_gpus_are_found(tmp_path: Path):
+    """The reset of GPU c1 succeeded at last. Counts of memory errors are no event."""
+    (tmp_path / "kmsg").write_text(AMDGPU)
+    found = read_kernel_log(tmp_path / "kmsg")
+    assert found.errors == [] and [(error.event, error.address, error.count) for error in found.amd_errors] == [
+        ("hardware error", "0000:e3:00.0", 1),
+        ("GPU reset", "0000:e3:00.0", 1),
+        ("failed GPU reset", "0000:e3:00.0", 1),
+        ("GPU reset", "0000:c1:00.0", 2),
+        ("hardware error", "0000:68:00.0", 1),
+    ]
+    assert found.amd_errors[3].text == "amdgpu: GPU reset begin!. Source:  4"

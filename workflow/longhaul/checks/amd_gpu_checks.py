@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_facts import PENDING, RESERVED, UNRESERVED, AmdGpuFacts, AmdReading, Cause
+from longhaul.checks.amd_kernel_log import FAILED_RESET, AmdKernelError, is_of
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
-from longhaul.checks.nvidia_gpu_checks import WATCH, clock_row, slowdown_result
+from longhaul.checks.kernel_log import OPEN_LOG, KernelLog
+from longhaul.checks.nvidia_gpu_checks import NOT_OF_JOB, WATCH, clock_row, slowdown_result
 
 _STATE, _NO_STATE = "source of the GPUs' state", "slowdowns, clocks, processes and XGMI links"
 _RESET = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
@@ -19,6 +21,11 @@ _REMEDIES: dict[Cause, str] = {
     "the driver amdgpu",
     "no answer": "a GPU may hang: run rocm-smi on the node, and drain it if that does not return either",
 }
+_NO_KERNEL_ERRORS = "no hardware errors and no resets of GPUs"
+_RESTART = "drain the node and restart it; if it happens again, the GPU must be replaced"
+_WATCH_RESETS = (
+    "watch whether it happens again: a program can cause a reset, too; the entry goes with a restart of the node"
+)
 _PAGES = {RESERVED: "out of use", PENDING: "pending", UNRESERVED: "still in use"}
 
 
@@ -110,3 +117,22 @@ def _xgmi_row(component: Component, gpu: AmdGpuFacts, usual: int) -> CheckRow:
     value = f"{gpu.xgmi_links} active" + (f", not active: {down}" if is_short and down else "")
     remedy = "drain the node, and let the admins check the links between the GPUs (amd-smi xgmi)"
     return component.row("XGMI links", value, f"{usual} active", "fail" if is_short else "ok", remedy)
+
+
+def amd_kernel_log_rows(node: str, log: KernelLog, reading: AmdReading) -> Iterator[CheckRow]:
+    """Yield a row per kind of event of a GPU, or one row if there is none. reading: the GPUs of the job"""
+    if log.unreadable:
+        yield Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, OPEN_LOG)
+    elif not log.amd_errors:
+        yield Component(node).row("kernel log", _NO_KERNEL_ERRORS, _NO_KERNEL_ERRORS)
+    for error in log.amd_errors:
+        yield _kernel_error_row(Component(node, f"GPU {error.address}"), error, reading)
+
+
+def _kernel_error_row(component: Component, error: AmdKernelError, reading: AmdReading) -> CheckRow:
+    is_of_job = is_of(error, [gpu.address for gpu in reading.gpus])
+    result: Result = "fail" if is_of_job and error.event == FAILED_RESET else "warn"
+    remedy = NOT_OF_JOB if not is_of_job else _RESTART if result == "fail" else _WATCH_RESETS
+    often = f", {error.count} times" if error.count > 1 else ""
+    value = f"{error.event}{often}: {error.text}"
+    return component.row("kernel log", value, _NO_KERNEL_ERRORS, result, remedy)

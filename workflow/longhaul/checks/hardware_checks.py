@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from longhaul.artifacts.node_check_row import CheckRow, Result
-from longhaul.checks.amd_gpu_checks import amd_rows
+from longhaul.checks.amd_gpu_checks import amd_kernel_log_rows, amd_rows
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, merge_equal_rows, warn_if
 from longhaul.checks.compare_rates_with_limits import RateLimits
 from longhaul.checks.core_speed import CoreSpeed, core_speed_rows
@@ -82,7 +82,10 @@ def _core_speeds(nodes: Nodes) -> dict[str, CoreSpeed]:
 def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     hardware: dict[str, HardwareFacts] = {node["host"]: node["hardware"] for node in nodes}
     if job.build.startswith("rocm"):
-        return amd_rows({node: facts.amd_gpus for node, facts in hardware.items()}, job.gpus_per_node)
+        rows = amd_rows({node: facts.amd_gpus for node, facts in hardware.items()}, job.gpus_per_node)
+        for node, facts in hardware.items():
+            rows += amd_kernel_log_rows(node, facts.kernel_log, facts.amd_gpus)
+        return rows
     if not job.build.startswith("cuda"):
         return []
     min_nvlinks = job.minimums.nvlinks if job.gpus_per_node > 1 else 0  # a GPU alone sends nothing over NVLinks

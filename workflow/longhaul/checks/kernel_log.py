@@ -1,6 +1,7 @@
-"""Parses errors that NVIDIA's driver wrote to the kernel log since boot: Xid (GPU) and SXid (NVSwitch).
+"""Reads the kernel log since boot, and parses errors that NVIDIA's driver wrote to it: Xid (GPU) and SXid (NVSwitch).
 
-Forms: docs.nvidia.com/deploy/xid-errors, and the Fabric Manager User Guide for SXid. The kernel keeps the newest messages only.
+amd_kernel_log.py parses those of AMD's driver. The kernel keeps the newest messages only.
+Forms: docs.nvidia.com/deploy/xid-errors, and the Fabric Manager User Guide for SXid.
 """
 
 from __future__ import annotations
@@ -10,10 +11,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from longhaul.checks.amd_kernel_log import AmdKernelError, amd_kernel_errors
+
 KMSG = Path("/dev/kmsg")
+OPEN_LOG = "let the admins allow it: sysctl kernel.dmesg_restrict=0, or the group systemd-journal"
+"""Remedy where a user may not read the log."""
 # NVRM: Xid (PCI:0000:3b:00): 79, pid='<unknown>', name=<unknown>, GPU has fallen off the bus.
 # With MIG (docs.nvidia.com/deploy/a100-gpu-mem-error-mgmt): NVRM: Xid (PCI:0000:01:00 GPU-I:05): 94, pid=7194, Contained: …
 _XID = re.compile(r"NVRM: Xid \((?:PCI:)?([0-9a-fA-F:.]+)[^)]*\): (\d+),?\s*(.*)")
@@ -43,16 +48,21 @@ class KernelLog:
 
     errors: list[KernelError]
     unreadable: str = ""
+    amd_errors: list[AmdKernelError] = field(default_factory=list[AmdKernelError])
 
 
 def read_kernel_log(kmsg: Path = KMSG) -> KernelLog:
     """Return the errors in the kernel log. Many sites let only root read it; members of systemd-journal may read the journal."""
     try:
-        return KernelLog(kernel_errors(_kmsg_lines(kmsg)))
+        return _parsed(_kmsg_lines(kmsg))
     except OSError as error:
         lines = _journal_lines()
         reason = f"{kmsg}: {error.strerror}; the journal shows no kernel messages to this user either"
-        return KernelLog(kernel_errors(lines)) if lines else KernelLog([], reason)
+        return _parsed(lines) if lines else KernelLog([], reason)
+
+
+def _parsed(lines: list[str]) -> KernelLog:
+    return KernelLog(kernel_errors(lines), amd_errors=amd_kernel_errors(lines))
 
 
 def kernel_errors(lines: Iterable[str]) -> list[KernelError]:

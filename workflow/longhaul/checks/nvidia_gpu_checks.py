@@ -12,7 +12,7 @@ from longhaul.artifacts.node_check_row import CheckRow, Result
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts
 from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, warn_if
 from longhaul.checks.gpu_labels import gpu_name, short_address
-from longhaul.checks.kernel_log import KernelError, KernelLog, is_fatal
+from longhaul.checks.kernel_log import OPEN_LOG, KernelError, KernelLog, is_fatal
 from longhaul.checks.nvidia_gpu_facts import GpuFacts, GpuReading
 from longhaul.checks.nvlink_errors import nvlink_error_rows
 from longhaul.checks.xid_errors import ROW_REMAPPED, xid_failure
@@ -21,7 +21,7 @@ from longhaul.config.gpu_datasheets import datasheet
 WATCH = "watch whether the number grows"
 _RESET = "drain the node and reset the GPU (nvidia-smi -r)"
 _REPLACE = f"{_RESET}; if it happens again, the GPU must be replaced"
-_NOT_OF_JOB = "tell the admins; this job does not use the GPU"
+NOT_OF_JOB = "tell the admins; this job does not use the GPU"
 _RESET_CLOCK = "let the admins reset it: nvidia-smi -rgc, and -rac"
 _LEAST_CLOCK_SHARE = 0.8
 _NO_KERNEL_ERRORS = "no Xid or SXid errors"
@@ -77,7 +77,7 @@ def nvidia_rows(
         if reading.error:
             rows.append(_no_nvml_row(Component(node), reading))
         for index, reason in reading.lost.items():
-            result, remedy = ("warn", _NOT_OF_JOB) if _is_complete(reading, gpus_per_node) else ("fail", _REPLACE)
+            result, remedy = ("warn", NOT_OF_JOB) if _is_complete(reading, gpus_per_node) else ("fail", _REPLACE)
             rows.append(Component(node, f"GPU {index}").row("NVML", reason, "an answer", result, remedy))
         for gpu in reading.gpus:
             component = Component(node, gpu_name(gpu.index, gpu.pci_address))
@@ -185,8 +185,7 @@ def kernel_log_rows(node: str, log: KernelLog, reading: GpuReading, gpus_per_nod
     gpus_per_node: how many the job needs
     """
     if log.unreadable:
-        remedy = "let the admins allow it: sysctl kernel.dmesg_restrict=0, or the group systemd-journal"
-        return [Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, remedy)]
+        return [Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, OPEN_LOG)]
     if not log.errors:
         return [Component(node).row("kernel log", _NO_KERNEL_ERRORS, _NO_KERNEL_ERRORS)]
     is_complete = _is_complete(reading, gpus_per_node)
@@ -202,7 +201,7 @@ def _kernel_error_row(node: str, error: KernelError, gpus: Sequence[GpuFacts], i
         ", ".join(filter(None, (f"{error.kind} {error.number}", f"{error.count} times", meaning))) + f": {error.text}"
     )
     if error.kind == "Xid" and gpu is None and is_complete:
-        return component.row("kernel log", value, _NO_KERNEL_ERRORS, "warn", _NOT_OF_JOB)
+        return component.row("kernel log", value, _NO_KERNEL_ERRORS, "warn", NOT_OF_JOB)
     is_remapped = error.number == ROW_REMAPPED and gpu is not None and gpu.remapping_pending is False
     failed = (bool(meaning) and not is_remapped) or (error.kind == "SXid" and is_fatal(error.text))
     remedy = f"{_REPLACE}; the entry goes with a restart of the node" if failed else "watch whether it happens again"
