@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,25 @@ def test_direct_reads_and_writes_have_rates(tmp_path: Path):
     found = direct_speed(tmp_path / "scratch", 2 * BLOCK_BYTES, 10)
     assert found.error == "" and 0 < found.write_gb_per_s < 1000 and 0 < found.read_gb_per_s < 1000
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+@pytest.mark.parametrize(("changed_read", "is_corrupt"), [(6, True), (9, False)])
+def test_other_bytes_than_were_written_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed_read: int, is_corrupt: bool
+):
+    """One bit of the second of four blocks differs when they are verified, after the four timed reads."""
+    reads: list[int] = []
+
+    def read(handle: int, blocks: list[bytearray], readv: Any = os.readv) -> int:
+        reads.append(readv(handle, blocks))
+        if len(reads) == changed_read:
+            blocks[0][12345] ^= 1
+        return reads[-1]
+
+    monkeypatch.setattr(os, "readv", read)
+    found = direct_speed(tmp_path, 4 * BLOCK_BYTES, 10)
+    assert (found.error, found.is_corrupt) == ("", is_corrupt)
+    assert len(reads) == (6 if is_corrupt else 8) and list(tmp_path.iterdir()) == []
 
 
 def test_rate_is_that_of_the_moved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

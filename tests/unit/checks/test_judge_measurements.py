@@ -53,6 +53,14 @@ def test_disk_that_cannot_be_measured_is_unknown_and_a_full_one_fails():
     ]
 
 
+def test_disk_that_returns_other_bytes_fails():
+    found = rows(local_disk=DiskSpeed(3.0, 6.0, is_corrupt=True))
+    assert bad(found) == [("", "local disk", "fail")]
+    assert problem_lines(found)[0].startswith(
+        "n1: local disk: other bytes, expected the bytes that were written; exclude the node"
+    )
+
+
 def test_short_check_has_rows_of_devices_alone():
     found = rows(memory_gb_per_s=None, local_disk=None, run_folder=None)
     assert {row["component"] for row in found} == {"GPU 0", "GPU 1"} and bad(found) == []

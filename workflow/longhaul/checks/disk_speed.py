@@ -14,10 +14,11 @@ from pathlib import Path
 from longhaul.checks.measurement_types import DiskSpeed, SafeWrite
 
 BLOCK_BYTES = 4 * 2**20
+_VERIFICATION_S = 1.0
 
 
 def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
-    """Write and read a file with O_DIRECT, which goes past the page cache, at most `limit_s` seconds each.
+    """Write and read a file with O_DIRECT, which goes past the page cache, at most `limit_s` seconds each; then verify it.
 
     size_bytes: a multiple of BLOCK_BYTES
     """
@@ -25,18 +26,34 @@ def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with mmap.mmap(-1, BLOCK_BYTES) as block:  # O_DIRECT needs aligned memory
-            block.write(os.urandom(BLOCK_BYTES))  # some disks compress
+            data = os.urandom(BLOCK_BYTES)  # some disks compress
+            block.write(data)
             blocks = size_bytes // BLOCK_BYTES
             write, written = _rate(
                 path, os.O_CREAT | os.O_WRONLY, lambda handle: os.write(handle, block), blocks, limit_s
             )
             read, _ = _rate(path, os.O_RDONLY, lambda handle: os.readv(handle, [block]), written, limit_s)
-        return DiskSpeed(write, read)
+            return DiskSpeed(write, read, is_corrupt=_has_other_bytes(path, block, data, written))
     except OSError as error:
         return DiskSpeed(0.0, 0.0, error.strerror or str(error), error.errno in (errno.ENOSPC, errno.EDQUOT))
     finally:
         with suppress(OSError):
             path.unlink()
+
+
+def _has_other_bytes(path: Path, block: mmap.mmap, data: bytes, blocks: int) -> bool:
+    """Read the file again, for a second at most, and return whether a block differs. To compare takes as long as to read."""
+    handle, end = os.open(path, os.O_RDONLY | os.O_DIRECT), time.monotonic() + _VERIFICATION_S
+    try:
+        for _ in range(blocks):
+            os.readv(handle, [block])
+            if block[:] != data:
+                return True
+            if time.monotonic() >= end:
+                break
+        return False
+    finally:
+        os.close(handle)
 
 
 def _rate(path: Path, flags: int, move_block: Callable[[int], int], blocks: int, limit_s: float) -> tuple[float, int]:

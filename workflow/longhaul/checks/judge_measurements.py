@@ -52,11 +52,14 @@ def _no_burn_in_row(component: Component, error: str) -> CheckRow:
 
 
 def _local_disk_rows(component: Component, disk: DiskSpeed) -> list[CheckRow]:
-    """Return a row if the disk could not be measured. A full one fails: compiled ops and optimizer states are written there."""
+    """Return a row if the disk could not be measured. A full or corrupt one fails: compiled ops and optimizer states use it."""
     check, expected = "local disk", "direct writes to storage.scratch"
     if disk.is_full:
         remedy = "remove files from storage.scratch on this node, or exclude the node"
         return [component.row(check, disk.error, expected, "fail", remedy)]
+    if disk.is_corrupt:
+        remedy = "exclude the node; let the admins check the disk (smartctl), its cable and the node's memory"
+        return [component.row(check, "other bytes", "the bytes that were written", "fail", remedy)]
     return [component.unknown(check, disk.error, expected)] if disk.error else []
 
 

@@ -44,14 +44,16 @@ class GpuPair:
 class DiskSpeed:
     """Rates in GB/s.
 
-    error:   why they could not be measured; the rates are 0 then
-    is_full: the disk, or the user's quota on it, has no space left
+    error:      why they could not be measured; the rates are 0 then
+    is_full:    the disk, or the user's quota on it, has no space left
+    is_corrupt: the file held other bytes than were written
     """
 
     write_gb_per_s: float
     read_gb_per_s: float
     error: str = ""
     is_full: bool = False
+    is_corrupt: bool = False
 
 
 @dataclass(frozen=True)
