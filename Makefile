@@ -120,7 +120,7 @@ bench-fabric-cost: setup  ## time of the fabric check on up to 4,096 nodes, simu
 bench-scale: setup  ## what grows with the number of ranks, with up to 4,096 simulated ranks: rendezvous, heartbeats, files, checks
 	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python -m bench.scale
 
-bench-status: setup  ## time of `longhaul status` on a run with 1,000 stages, CPU time of the terminal display
+bench-status: setup  ## time of `longhaul status` on a run with 1,000 stages, CPU time of the terminal display and of a main process
 	$(BIN)/python -m bench.status
 
 bench-convert: setup  ## conversion compared with zero_to_fp32 with transformers and with plain copying

@@ -1,4 +1,8 @@
-"""Measures `longhaul status` and the display of the main process, on a run with 1,000 stages that have trained."""
+"""Measures `longhaul status` and the display on a run with 1,000 stages that have trained, and the load of a main process.
+
+The main process is `snakemake --profile profiles/slurm`, whose jobs wait in the queue of a stand-in for Slurm: the load on the
+login node is that of the main process and of the commands that it starts.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +15,38 @@ import time
 import uuid
 from pathlib import Path
 
+import psutil
+
 from bench.machine import REPOSITORY, describe_machine, write_result
 from longhaul.artifacts.paths import STAGE_KIND, JobId
 from longhaul.compat.slurm_plugin import job_name_prefix
+from tests.support.pipeline_run import PipelineRun, tiny_config, write_site
+from tests.support.pipeline_run_on_cluster import SITE
 from tests.support.run_folder import RunFolder
+from tests.support.wait import wait_for
 
 STAGES, STEPS, ROUNDS, WATCHED_S = 1000, 1000, 5, 240
+AIM_S, AIM_SHARE = 2.0, 0.01
+"""Longest answer of `longhaul status`, and largest share of a core that the display and the main process may take."""
+_SETTLED_S = 10.0
+"""After the first submission, the main process submits the other jobs that can start."""
 _SQUEUE = """#!/bin/sh
 echo "$@" >> "$0.calls"
 for stage in $(seq 1 20); do echo "$stage|PENDING|Priority|N/A|{name}|rule_train_wildcards_r_stage-$stage|{folder}"; done
+"""
+_SBATCH = """#!/bin/sh
+case "$*" in *--test-only*) exit 0;; esac
+echo "$$|$*" >> "{folder}/submitted"
+echo $$
+"""
+_QUEUE_OF_SUBMITTED = """#!/bin/sh
+row='s,^([0-9]+)[|].*--job-name[= ](\\S+).*--comment[= ](\\S+).*,\\1|PENDING|Priority|N/A|\\2|\\3|{folder},'
+case "$*" in
+  *PREEMPTED*) ;;
+  *'%i %r'*) sed -E 's,[|].*, Priority,' "{folder}/submitted";;
+  *'%k'*) sed -E "$row" "{folder}/submitted";;
+  *) sed -E 's,[|].*,|PENDING,' "{folder}/submitted";;
+esac
 """
 _HISTORY = (
     '{"time_s": 1.0, "event": "running"}\n{"time_s": 90.0, "event": "waiting"}\n{"time_s": 99.0, "event": "running"}\n'
@@ -41,12 +68,13 @@ def main() -> None:
     """Write the runs, and measure each of them."""
     with tempfile.TemporaryDirectory() as name:
         lines = [line for stages in (2, STAGES) for line in _measure(Path(name) / str(stages), stages)]
+        lines += _measure_main_process(Path(name) / "waits")
     write_result(
         "status",
         [
-            *describe_machine(("pydantic", "rich")),
+            *describe_machine(("pydantic", "rich", "snakemake")),
             *lines,
-            "aim: status within 2 s, one call of squeue, the display below 1 % of a core",
+            f"aim: status within {AIM_S:g} s, one call of squeue, display and main process below {AIM_SHARE:.0%} of a core",
         ],
     )
 
@@ -73,11 +101,16 @@ def _write_run(folder: Path, stages: int) -> int:
         job = JobId(STAGE_KIND, (stage,))
         run.state(job, "running", job_id=None)
         run.paths.job(job).history.write_text(_HISTORY)
-    squeue = folder / "bin" / "squeue"
-    squeue.parent.mkdir()
-    squeue.write_text(_SQUEUE.format(folder=folder.resolve(), name=f"{job_name_prefix(run.paths.run)}_{uuid.uuid4()}"))
-    squeue.chmod(0o755)
+    name = f"{job_name_prefix(run.paths.run)}_{uuid.uuid4()}"
+    _write_command(folder, "squeue", _SQUEUE.format(folder=folder.resolve(), name=name))
     return sum(sizes)
+
+
+def _write_command(folder: Path, name: str, script: str) -> None:
+    command = folder / "bin" / name
+    command.parent.mkdir(exist_ok=True)
+    command.write_text(script)
+    command.chmod(0o755)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -102,6 +135,38 @@ def _display_cpu_s(folder: Path, environment: dict[str, str]) -> float:
         command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     return float(done.stdout)
+
+
+def _measure_main_process(folder: Path) -> list[str]:
+    """Start a real main process, and measure it while its jobs wait in the queue."""
+    run = PipelineRun(folder, tiny_config(), "slurm")
+    write_site(folder, SITE)
+    for name, script in (("sbatch", _SBATCH), ("squeue", _QUEUE_OF_SUBMITTED)):
+        _write_command(folder, name, script.format(folder=folder.resolve()))
+    for name in ("scontrol", "sinfo", "sacct", "sacctmgr", "scancel"):
+        _write_command(folder, name, "#!/bin/sh\n")
+    environment = {**run.environment(), **_environment(folder)}
+    with (folder / "main.log").open("w") as log:
+        main = subprocess.Popen(run.command(), cwd=folder, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for((folder / "submitted").exists, 60)
+        time.sleep(_SETTLED_S)
+        before_s = _cpu_s(psutil.Process(main.pid))
+        time.sleep(WATCHED_S)
+        used_s = _cpu_s(psutil.Process(main.pid)) - before_s
+        jobs = len((folder / "submitted").read_text().splitlines())
+    finally:
+        main.kill()  # SIGTERM lets it wait for its jobs, which do not end
+        main.wait()
+    return [
+        f"snakemake --profile profiles/slurm while {jobs} jobs wait, with the display in a terminal:",
+        f"  main process, with all commands that it starts: {used_s / WATCHED_S:.2%} of a core over {WATCHED_S} s",
+    ]
+
+
+def _cpu_s(main: psutil.Process) -> float:
+    """Return the CPU time of a process and of its children, which its own times include once they have ended."""
+    return sum(sum(process.cpu_times()[:4]) for process in (main, *main.children(recursive=True)))
 
 
 if __name__ == "__main__":
