@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import scale
+from bench import scale, status
 from bench.fabric_cost import AIM_S, RoundTimes, simulate_pairs
 from bench.gpu_speed import plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
@@ -137,3 +137,14 @@ def test_recorded_scale_meets_its_aims():
     assert at_4096["heartbeats: CPU of rank 0, share of a core"] <= 0.05
     assert at_4096["heartbeats: s until a rank that stopped is named"] <= scale.HEARTBEAT_TIMEOUT_S + 10
     assert at_4096["checkpoint: files that rank 0 verifies"] == 1
+
+
+def test_recorded_status_of_a_thousand_stages_and_the_main_process_meet_their_aims():
+    text = (BENCH / "results/status.txt").read_text()
+    (of_many,) = re.findall(
+        r"^1,000 stages .*\n  longhaul status: ([\d.]+) s,.* calls of squeue: (\S+)$", text, re.MULTILINE
+    )
+    assert float(of_many[0]) <= status.AIM_S and of_many[1] == "1"
+    loads = re.findall(r"^  (display|main process)\b.*: ([\d.]+)% of a core over \d+ s$", text, re.MULTILINE)
+    assert [subject for subject, _ in loads] == ["display", "display", "main process"]
+    assert all(float(percent) / 100 < status.AIM_SHARE for _, percent in loads)
