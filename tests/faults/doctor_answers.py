@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.faults.expected_diagnoses import EXPECTED, names_the_cause
 from tests.faults.faulted_run import FaultedRun
+from tests.support.run_folder import TRAIN, RunFolder
 
 
 class Doctor:
@@ -46,6 +47,18 @@ class Doctor:
         of_job = [_causes(job, answer)[:1] for answer in self.answers]
         of_main = [_causes("main process", answer)[:1] for answer in self.answers[:1]]
         return [cause for found in (*of_job, *of_main) for cause in found]
+
+
+def first_cause_of(root: Path, log: str) -> str:
+    """Return what doctor names first about a stage on this machine that is done, and whose ranks have printed `log`."""
+    run = RunFolder(root, scheduler="local")
+    run.state(TRAIN, "done", job_id=None)
+    attempt = run.paths.attempt_logs(TRAIN).log(1)
+    attempt.parent.mkdir(parents=True)
+    attempt.write_text(log)
+    words = [sys.executable, "-m", "longhaul", "doctor", str(run.paths.folder)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    return _causes(str(TRAIN), done.stdout)[0]
 
 
 def _causes(subject: str, answer: str) -> list[str]:

@@ -11,6 +11,7 @@ _PREEMPTED = "Slurm gave the nodes to another job"
 _ALLOCATION_ENDED = "Slurm ended the allocation before the job was done, for a preemption"
 """Slurm signals a job at the begin of its grace time and does not say why."""
 _NODE_LOST = "a node died|does not respond|sent no heartbeat"
+_BATCHES_SKIPPED = "the gradient norm of some batches was not finite or jumped, so they were skipped"
 EXPECTED = {
     "kill -9 of a rank": _KILLED,
     "kill -9 of rank 0": _KILLED,
@@ -49,6 +50,8 @@ EXPECTED = {
     "tokenizer damaged": "does not have the SHA-256",
     "records torn": "cancelled by scancel",
     "newest checkpoint damaged": "a checkpoint is damaged|cancelled by scancel",
+    "NaN in 3 batches, skip": _BATCHES_SKIPPED,
+    "NaN in 3 batches, roll_back": _BATCHES_SKIPPED,
 }
 """Fault -> pattern. A fault that is not listed, such as a restart of slurmctld, is one that a run does not notice."""
 

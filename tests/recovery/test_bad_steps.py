@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.doctor_answers import first_cause_of
+from tests.faults.expected_diagnoses import names_the_cause
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
@@ -120,6 +122,13 @@ def test_every_bad_step_is_recorded(stages: dict[str, TrainedStage]):
     (spike,) = stages["spike"].events("bad_step")
     assert "is more than 1.5 times" in spike["reason"]
     assert [row["steps"] for row in stages["spike"].events("work_lost")] == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [("skip", "NaN in 3 batches, skip"), ("roll back", "NaN in 3 batches, roll_back")]
+)
+def test_doctor_names_skipped_batches(stages: dict[str, TrainedStage], name: str, fault: str, tmp_path: Path):
+    assert names_the_cause(fault, first_cause_of(tmp_path, stages[name].printed))
 
 
 def test_more_bad_steps_than_the_limit_end_the_stage(stages: dict[str, TrainedStage]):

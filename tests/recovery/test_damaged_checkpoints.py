@@ -13,6 +13,8 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
+from tests.faults.doctor_answers import first_cause_of
+from tests.faults.expected_diagnoses import names_the_cause
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 
@@ -93,6 +95,11 @@ def test_the_newest_undamaged_checkpoint_is_used(resumed: tuple[dict[str, Traine
     assert not any(name.endswith(("partial", "removed")) for name in stage.checkpoints)
     if reason:
         assert f"{stage.weights / 'checkpoints' / NEWEST} is damaged: {reason}".split("/stages/")[1] in resumed[1]
+
+
+def test_doctor_names_a_damaged_checkpoint(resumed: tuple[dict[str, TrainedStage], str], tmp_path: Path):
+    printed = resumed[0]["flipped bit"].printed
+    assert names_the_cause("newest checkpoint damaged", first_cause_of(tmp_path, printed))
 
 
 def test_a_checkpoint_of_other_weights_is_refused(resumed: tuple[dict[str, TrainedStage], str]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ class TrainedStage:
     model:       one of parity_cases.MODELS
     ended:       how the attempt ended; "finished", "killed" or an error message. Set after the training
     checkpoints: names of the folders in checkpoints/. Set after the training
+    printed:     what the ranks printed. Set after the training
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class TrainedStage:
     model: str = "llama"
     ended: str = ""
     checkpoints: list[str] = field(default_factory=list)
+    printed: str = ""
 
     @property
     def weights(self) -> Path:
@@ -105,9 +108,9 @@ def train(shared: Path, *stages: TrainedStage, command_prefix: Sequence[str] = (
     else:
         done = launch_worker(worker, ranks, str(path), environment=environment, timeout_s=300)
     output = done.stdout + done.stderr
-    marked = (line for line in done.stdout.splitlines() if line.startswith("ATTEMPT "))
-    results = [json.loads(line.removeprefix("ATTEMPT ")) for line in marked]
+    *parts, _ = re.split(r"^ATTEMPT (.*)\n", done.stdout, flags=re.MULTILINE)
+    results = [json.loads(part) for part in parts[1::2]]
     assert done.returncode == 0 and len(results) == len(stages), output[-8000:]
-    for stage, result in zip(stages, results, strict=True):
-        stage.ended, stage.checkpoints = result["ended"], result["checkpoints"]
+    for stage, result, printed in zip(stages, results, parts[::2], strict=True):
+        stage.ended, stage.checkpoints, stage.printed = result["ended"], result["checkpoints"], printed
     return output

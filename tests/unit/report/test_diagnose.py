@@ -257,6 +257,18 @@ def test_faults_that_a_job_survived_are_notes_and_no_problems(
     assert answer.index("Notes (") < answer.index(" - train-base: a rank is slower than the others")
 
 
+def test_skipped_batch_is_a_note_while_its_stage_trains_and_afterwards(tmp_path: Path) -> None:
+    """The line begins as that of a stage which a bad step has ended."""
+    run = RunFolder(tmp_path, scheduler="local")
+    run.main_process()
+    log = attempt_of(run, 1, "step 91: loss nan, gradient norm nan; batch 90 is skipped")
+    for state in ("running", "done"):
+        run.state(TRAIN, state, job_id=None)
+        (finding,) = found(run)
+        assert finding.cause.endswith("was not finite or jumped, so they were skipped") and finding.is_note
+        assert finding.evidence.startswith(f"{log}:1: ")
+
+
 def test_what_longhaul_handles_itself_is_a_note_also_of_a_stopped_run(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     run.state(JobId("environment"), "done", job_id=None)
