@@ -50,6 +50,7 @@ EXPECTED = {
     "tokenizer damaged": "does not have the SHA-256",
     "records torn": "cancelled by scancel",
     "newest checkpoint damaged": "a checkpoint is damaged|cancelled by scancel",
+    "time limit of the controller job": "controller.sbatch, has ended: the job reached its time limit",
     "NaN in 3 batches, skip": _BATCHES_SKIPPED,
     "NaN in 3 batches, roll_back": _BATCHES_SKIPPED,
 }

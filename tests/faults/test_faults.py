@@ -287,6 +287,9 @@ def test_controller_job_continues_after_its_time_limit(
     assert "works on this run already" not in log and "stage base continues at step" in log
     assert_nothing_is_left(run)
     lost_s = time.monotonic() - started - expected.seconds
+    doctor = Doctor(run)
+    doctor.ask()
+    doctor.assert_named_the_cause(CONTROLLER)
     row = fault_table.passed_row(CONTROLLER, "training", lost_s, run.attempts(), run.last_start_up_s())
     table.append(row)
 

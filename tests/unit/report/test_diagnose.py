@@ -366,6 +366,22 @@ def test_ended_main_process_is_named_while_jobs_are_left(tmp_path: Path) -> None
     )
 
 
+def test_time_limit_of_the_controller_job_is_a_note_without_the_other_lines_of_its_log(tmp_path: Path) -> None:
+    """Slurm appends the line to the log in which the main process names the failures of the run's jobs."""
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.paths.logs.mkdir()
+    run.paths.controller_log.write_text(
+        "10:00:00  train-base failed\n  cause: No space left on device\n"
+        "slurmstepd: error: *** JOB 12 ON n3 CANCELLED AT 2026-11-28T10:00:00 DUE TO TIME LIMIT ***\n"
+        "10:00:40  train-base submitted\n"
+    )
+    (finding,) = found(run)
+    assert (finding.job, finding.is_note) == ("main process", True)
+    assert finding.cause == "its job, controller.sbatch, has ended: the job reached its time limit"
+    assert finding.evidence.startswith(f"{run.paths.controller_log}:3: ")
+
+
 def test_main_process_that_was_stopped_before_its_first_job_is_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     assert found(run) == []

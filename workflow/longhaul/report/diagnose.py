@@ -5,7 +5,7 @@ formats the findings.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from longhaul.artifacts.job_state import State, read_jobs_to_run, read_state
@@ -28,10 +28,13 @@ from longhaul.report.run_status import (
     JobStatus,
     RunStatus,
 )
-from longhaul.report.search_logs import Finding, search_log
+from longhaul.report.search_logs import NOT_NEEDED, Finding, search_log
 from longhaul.report.stalled_collectives import stalled_collectives
 
 _SEARCHED_ATTEMPTS = 5
+_MAIN_PROCESS = "main process"
+_JOB_ENDED = "*** JOB "
+"""Part of what slurmstepd writes to the log of a job that Slurm ends."""
 _WAITS = {
     "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
     "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
@@ -73,6 +76,7 @@ def diagnose(
         *_failed_fetches(status),
         *_ended_main_process(paths, status),
         *_unchecked_main_process(paths, status),
+        *_ended_controllers(paths),
         *_unknown_queue(status),
         *_removed_logs(jobs, logs),
         *(fault for job in jobs for fault in _past_faults(job, logs[job.name])),
@@ -175,7 +179,7 @@ def _ended_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Finding]
     owner = Lease(paths.lease).current_owner()
     how = f"{owner} ended without releasing the run: it was killed, or its host failed" if owner else "it was stopped"
     yield Finding(
-        "main process",
+        _MAIN_PROCESS,
         f"the main Snakemake process has ended before all jobs were done, {how}; left: {', '.join(left)}",
         str(paths.lease) if owner else f"{paths.lease} does not exist",
         "run the same command again: it continues" + in_queue,
@@ -188,11 +192,19 @@ def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Find
     host = status.unchecked_host
     if host and not goes_on and status.state != DONE:
         yield Finding(
-            "main process",
+            _MAIN_PROCESS,
             f"whether {status.main_process} still runs cannot be checked from this host",
             str(paths.lease),
             f"run `longhaul doctor` on {host}; if {host} will not come back, rm {paths.lease} and run the same command again",
         )
+
+
+def _ended_controllers(paths: RunPaths) -> Iterator[Finding]:
+    """Yield why Slurm ended jobs of controller.sbatch. The rest of their log is about the run's jobs, which have own logs."""
+    for finding in search_log(_MAIN_PROCESS, paths.controller_log):
+        if _JOB_ENDED in finding.evidence:
+            remedy = f"{NOT_NEEDED} while the successor that it submitted waits or runs"
+            yield replace(finding, cause=f"its job, controller.sbatch, has ended: {finding.cause}", remedy=remedy)
 
 
 def _unknown_queue(status: RunStatus) -> Iterator[Finding]:
