@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from tests.faults import broken_environments as environment
 from tests.faults import damaged_files as damage
 from tests.faults.broken_environments import EXPORTS, SMALL
-from tests.faults.faulted_run import EXPORT, TOKENIZE, TRAIN, FaultedRun
+from tests.faults.faulted_run import EXPORT, NAN_BATCHES, TOKENIZE, TRAIN, FaultedRun
 
 THE_START = "the start"
+POLICIES, CONTROLLER = ("skip", "roll_back"), "time limit of the controller job"
 _PHASES = {"tokenizing": TOKENIZE, "exporting": EXPORT}
 
 
@@ -159,6 +160,13 @@ def restart_slurmctld(run: FaultedRun) -> None:
 def restart_slurmd(run: FaultedRun) -> None:
     run.cluster.restart_slurmd(run.state()["nodes"][1])
 
+
+def nan_fault(policy: str) -> str:
+    return f"NaN in {len(NAN_BATCHES)} batches, {policy}"
+
+
+OTHER_FAULTS = (*map(nan_fault, POLICIES), CONTROLLER)
+"""Faults that have a test of their own, because they need another config or another main process."""
 
 _ENDED = {"ends_command": True}
 _CANCELLED = {**_ENDED, "last_message": "cancelled by scancel"}

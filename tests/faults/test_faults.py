@@ -19,7 +19,17 @@ from longhaul.artifacts.quarantine import add_to_quarantine
 from tests.faults import fault_table
 from tests.faults.broken_environments import SMALL
 from tests.faults.doctor_answers import Doctor
-from tests.faults.fault_matrix import CASES, THE_START, FaultCase, shorten_allocation, slow_rank
+from tests.faults.fault_matrix import (
+    CASES,
+    CONTROLLER,
+    OTHER_FAULTS,
+    POLICIES,
+    THE_START,
+    FaultCase,
+    nan_fault,
+    shorten_allocation,
+    slow_rank,
+)
 from tests.faults.faulted_run import (
     EXPORT,
     NAN_BATCHES,
@@ -39,7 +49,6 @@ from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for
 
 SMALL_MB = 24
-POLICIES, CONTROLLER = ("skip", "roll_back"), "time limit of the controller job"
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +125,8 @@ def table(pytestconfig: pytest.Config) -> Iterator[list[fault_table.TableRow]]:
     rows: list[fault_table.TableRow] = []
     yield rows
     if rows and pytestconfig.getoption("--all-faults"):
-        others = [*(nan_fault(policy) for policy in POLICIES), CONTROLLER]
         fault_table.write_table(
-            rows, [*((case.name, case.when) for case in CASES), *((fault, "training") for fault in others)]
+            rows, [*((case.name, case.when) for case in CASES), *((fault, "training") for fault in OTHER_FAULTS)]
         )
 
 
@@ -324,10 +332,6 @@ def test_quarantine_that_leaves_too_few_nodes_is_refused(
     assert f"partition main has 3, of which 2 are quarantined: n1 {reason}, n3 {reason}" in output
     assert "Traceback" not in output
     assert run.slurm("squeue", "-h", "-o", "%i").strip() == ""
-
-
-def nan_fault(policy: str) -> str:
-    return f"NaN in {len(NAN_BATCHES)} batches, {policy}"
 
 
 def slug(case: FaultCase) -> str:

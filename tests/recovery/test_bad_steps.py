@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.doctor_answers import first_cause_of
-from tests.faults.expected_diagnoses import names_the_cause
+from tests.faults.doctor_answers import assert_doctor_names_from_log
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
@@ -128,7 +127,7 @@ def test_every_bad_step_is_recorded(stages: dict[str, TrainedStage]):
     ("name", "fault"), [("skip", "NaN in 3 batches, skip"), ("roll back", "NaN in 3 batches, roll_back")]
 )
 def test_doctor_names_skipped_batches(stages: dict[str, TrainedStage], name: str, fault: str, tmp_path: Path):
-    assert names_the_cause(fault, first_cause_of(tmp_path, stages[name].printed))
+    assert_doctor_names_from_log(fault, tmp_path, stages[name].printed)
 
 
 def test_more_bad_steps_than_the_limit_end_the_stage(stages: dict[str, TrainedStage]):

@@ -13,8 +13,7 @@ import pytest
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
-from tests.faults.doctor_answers import first_cause_of
-from tests.faults.expected_diagnoses import names_the_cause
+from tests.faults.doctor_answers import assert_doctor_names_from_log
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 
@@ -98,8 +97,7 @@ def test_the_newest_undamaged_checkpoint_is_used(resumed: tuple[dict[str, Traine
 
 
 def test_doctor_names_a_damaged_checkpoint(resumed: tuple[dict[str, TrainedStage], str], tmp_path: Path):
-    printed = resumed[0]["flipped bit"].printed
-    assert names_the_cause("newest checkpoint damaged", first_cause_of(tmp_path, printed))
+    assert_doctor_names_from_log("newest checkpoint damaged", tmp_path, resumed[0]["flipped bit"].printed)
 
 
 def test_a_checkpoint_of_other_weights_is_refused(resumed: tuple[dict[str, TrainedStage], str]):

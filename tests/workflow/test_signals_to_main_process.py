@@ -17,6 +17,7 @@ import pytest
 
 from longhaul.artifacts.job_state import read_failure, read_state
 from longhaul.artifacts.leases import process_start
+from tests.faults.doctor_answers import assert_doctor_names
 from tests.support.pipeline_run import PipelineRun, local_site, tiny_config, write_site
 
 TOKENIZER = "results/tiny/tokenizer.json"
@@ -102,7 +103,9 @@ def test_jobs_save_and_end_before_the_main_process(tmp_path: Path, number: signa
     assert "Traceback" not in printed
     assert not (run.folder / "results/tiny.lease.json").exists()
     failure = read_failure(run.results / "jobs/tokenizer")
-    assert failure and failure.cause == f"ended by signal {signal.SIGTERM:d}"
+    assert failure and failure.cause == "stopped by a user or a signal (SIGTERM)"
+    if number != signal.SIGHUP:  # a closed terminal is no fault of the matrix
+        assert_doctor_names(f"{number.name} of the main snakemake", run.results, "tokenizer")
 
 
 def test_more_signals_kill_a_job_that_does_not_end(tmp_path: Path) -> None:
@@ -125,3 +128,4 @@ def test_jobs_of_a_killed_main_process_save_and_end(tmp_path: Path) -> None:
     state = read_state(run.results / "jobs/tokenizer")
     assert state and state.reason == "cancelled: the main process of the run was killed"
     assert json.loads((run.folder / "results/tiny.lease.json").read_text())["pid"], "the next run takes it over"
+    assert_doctor_names("kill -9 of the main snakemake", run.results, "tokenizer")

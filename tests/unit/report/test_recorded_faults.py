@@ -9,11 +9,12 @@ import pytest
 
 from longhaul.artifacts.job_state import State, read_state
 from longhaul.report.diagnose import diagnose
-from tests.faults.expected_diagnoses import EXPECTED, names_the_cause
+from tests.faults.expected_diagnoses import EXPECTED, NOT_NOTICED, names_the_cause
+from tests.faults.fault_matrix import CASES, OTHER_FAULTS
 from tests.faults.record_fault import RECORDED, RECORDS
 from tests.support.run_folder import TRAIN, RunFolder
 
-CASES = sorted(path for path in RECORDED.iterdir() if path.is_dir())
+RECORDED_CASES = sorted(path for path in RECORDED.iterdir() if path.is_dir())
 
 
 def fault_of(case: Path) -> str:
@@ -41,7 +42,11 @@ def replayed(case: Path, root: Path) -> RunFolder:
     return run
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
+def test_every_fault_of_the_matrix_has_an_answer_that_doctor_must_give() -> None:
+    assert {*(case.name for case in CASES), *OTHER_FAULTS} == {*EXPECTED, *NOT_NOTICED}
+
+
+@pytest.mark.parametrize("case", RECORDED_CASES, ids=lambda path: path.name)
 def test_the_cause_comes_first(case: Path, tmp_path: Path) -> None:
     run = replayed(case, tmp_path)
     assert isinstance(read_state(run.paths.job(TRAIN).path), State)

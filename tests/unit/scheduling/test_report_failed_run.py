@@ -42,7 +42,7 @@ def text_of(run: RunFolder) -> str:
     ("recorded", "failure_class", "state", "cause"),
     [
         ("failed", "permanent", FAILED, "out of memory"),
-        ("failed", CANCELLED, FAILED, "ended by signal 15"),
+        ("failed", CANCELLED, FAILED, "stopped by a user or a signal (SIGTERM)"),
         ("waiting", "", INTERRUPTED, "stopped by a signal; its main process has ended"),
         ("running", "", INTERRUPTED, "its main process has ended"),
     ],

@@ -123,7 +123,7 @@ def test_signal_reaches_the_step_and_cancels_the_job_for_this_invocation_only(tm
     started = time.monotonic()
     assert supervise(spec) == 1 and time.monotonic() - started < 30
     failure = read_failure(Path(spec.folder))
-    assert failure and failure.failure_class == CANCELLED and failure.cause == f"ended by signal {signal.SIGTERM:d}"
+    assert failure and failure.failure_class == CANCELLED and failure.cause == "stopped by a user or a signal (SIGTERM)"
     assert failure.still_applies(failure.key, "this main") and not failure.still_applies(failure.key, "the next main")
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handler is restored"
 
@@ -143,7 +143,7 @@ def test_step_that_ignores_sigterm_is_killed_with_the_processes_it_started(
     spec = write_job(tmp_path, ignore + starts)
     assert supervise(spec) == 1
     failure = read_failure(Path(spec.folder))
-    assert failure and failure.cause == f"ended by signal {signal.SIGTERM:d}"
+    assert failure and failure.cause == "stopped by a user or a signal (SIGTERM)"
     assert not psutil.pid_exists(int((tmp_path / "rank").read_text()))
 
 

@@ -37,7 +37,7 @@ class TerminationSignals:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self._end(number, f"ended by signal {number}")
+        self._end(number, f"stopped by a user or a signal ({signal.Signals(number).name})")
 
     def end_with_main_process(self) -> None:
         """Act as if SIGTERM had come: the main process, which would have sent it, was killed."""
