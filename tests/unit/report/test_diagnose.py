@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +24,13 @@ from longhaul.report.search_logs import Finding, known_problems, match_line, sea
 from longhaul.report.slurm_queue_types import Queue, QueuedJob
 from tests.support.run_folder import TRAIN, RunFolder
 
+SLURM_ENDINGS = {
+    "TIME LIMIT": "time-limit",
+    "PREEMPTION": "preempted",
+    "NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS": "node-failed",
+    "JOB REQUEUE": "requeued",
+}
+"""What slurmstepd writes after `DUE TO` -> the known problem."""
 EXAMPLES = Path(__file__).with_name("known_problems")
 
 
@@ -97,6 +106,46 @@ def test_other_forms_of_a_problem_have_its_cause(line: str, name: str) -> None:
     """A part of the line also appears in other problems: `No space left`, `Cannot allocate memory`, `CUDA error`."""
     problem = match_line(line)
     assert problem is not None and problem["name"] == name
+
+
+_AT = "ON n1 CANCELLED AT 2026-11-28T16:40:22"
+SLURMSTEPD_FORMS = (
+    # Slurm 22.05, _handle_signal_container in src/slurmd/slurmstepd/req.c. JOB: the batch script, STEP: what srun started.
+    *((f"slurmstepd: error: *** JOB 12 {_AT} DUE TO {why} ***", name) for why, name in SLURM_ENDINGS.items()),
+    *((f"0: slurmstepd-n1: error: *** STEP 12.0 {_AT} DUE TO {why} ***", name) for why, name in SLURM_ENDINGS.items()),
+    (f"slurmstepd-n1: error: *** JOB 12 {_AT} ***", "cancelled"),
+    (f"0: slurmstepd-n1: error: *** STEP 12.0 {_AT} ***", "step-cancelled"),
+    ("slurmstepd: error: *** STEP 12.0 ON n1 FAILED (non-zero exit code or other failure mode) ***", "step-cancelled"),
+    # Newer ones name the signal, and begin with the time.
+    (f"[2026-11-28T16:40:22.695] error: *** JOB 12 {_AT} DUE to SIGNAL Terminated ***", "cancelled"),
+    (f"[2026-11-28T16:40:22.695] error: *** STEP 12.24 {_AT} DUE to SIGNAL Terminated ***", "step-cancelled"),
+    (f"[2026-11-28T16:40:22.695] error: *** JOB 12 {_AT} DUE TO TIME LIMIT ***", "time-limit"),
+    # Older ones name the node at the end.
+    ("slurmstepd: *** JOB 12 CANCELLED AT 2015-11-28T16:40:22 DUE TO TIME LIMIT on n1 ***", "time-limit"),
+    ("slurmstepd: *** STEP 12.0 CANCELLED AT 2015-11-28T16:40:22 DUE TO PREEMPTION on n1 ***", "preempted"),
+    ("slurmstepd: *** JOB 12 CANCELLED AT 2015-11-28T16:40:22 DUE TO NODE n1 FAILURE ***", "node-failed"),
+    ("slurmstepd: *** JOB 12 CANCELLED AT 2015-11-28T16:40:22 *** on n1", "cancelled"),
+)
+
+
+@pytest.mark.parametrize(("line", "name"), SLURMSTEPD_FORMS)
+def test_every_form_in_which_slurm_says_why_it_ends_processes_is_known(line: str, name: str) -> None:
+    problem = match_line(line)
+    assert problem is not None and problem["name"] == name
+
+
+SLURMSTEPD = shutil.which("slurmstepd", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.mark.skipif(not SLURMSTEPD, reason="Slurm is not installed")
+@pytest.mark.parametrize("entity", ["JOB 12", "STEP 12.0"])
+def test_every_form_that_the_installed_slurmstepd_contains_is_known(entity: str) -> None:
+    texts = re.findall(rb"\*\*\* %s [\x20-\x7e]*?\*\*\*", Path(str(SLURMSTEPD)).read_bytes())
+    assert len(texts) >= 7
+    for text in map(bytes.decode, texts):
+        line = text % (entity, "n1", "2026-11-28T10:00:00")[: text.count("%s")]
+        problem = match_line(f"slurmstepd: error: {line}")
+        assert problem and problem["name"] != "python-error", line
 
 
 def test_ordinary_lines_of_a_training_are_no_problem() -> None:
