@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -146,6 +148,31 @@ def test_every_form_that_the_installed_slurmstepd_contains_is_known(entity: str)
         line = text % (entity, "n1", "2026-11-28T10:00:00")[: text.count("%s")]
         problem = match_line(f"slurmstepd: error: {line}")
         assert problem and problem["name"] != "python-error", line
+
+
+MADE_HERE = {
+    "too-many-open-files": f"ulimit -n 20; exec {sys.executable} -c 'import os; [os.dup(0) for _ in range(30)]'",
+    "cpu-allocation-failed": f"ulimit -v 1000000; exec {sys.executable} -c 'bytearray(1 << 40)'",
+    "disk-full": "echo text > /dev/full",
+    "permission-denied": "touch file; ./file",
+    "port-in-use": f"""{sys.executable} -c 'import socket as s
+a = s.create_server(("127.0.0.1", 0)); s.create_server(a.getsockname())'""",
+    "other-processor": "printf '\\177ELF\\2\\1\\1%057d' 0 | tr 0 '\\0' > file; chmod +x file; ./file",
+    "module-missing": "unset -f module; module load cuda/99",
+    "package-missing": f"{sys.executable} -c 'import no_such_package'",
+    "native-crash": f"{sys.executable} -X faulthandler -c 'import ctypes; ctypes.string_at(0)'",
+    "python-error": f"{sys.executable} -c 'raise ValueError(1)'",
+    "container-missing": "PATH=/nowhere; apptainer exec image.sif true",
+}
+"""Known problem -> shell commands that meet it."""
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+def test_problem_that_can_be_made_here_is_known_by_what_its_program_prints(name: str, tmp_path: Path) -> None:
+    command = ["bash", "-c", f"ulimit -c 0; {MADE_HERE[name]}"]
+    done = subprocess.run(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    found = [problem["name"] for line in done.stderr.splitlines() if (problem := match_line(line))]
+    assert done.returncode and name in found, done.stderr
 
 
 def test_ordinary_lines_of_a_training_are_no_problem() -> None:
