@@ -58,7 +58,7 @@ EXPECTED = {
 }
 """Fault -> pattern."""
 NOT_NOTICED = ("slurmctld restarted", "slurmd restarted")
-"""Faults that no job of a run notices: doctor names no problem."""
+"""Faults that no job of a run notices: its job has no problem."""
 
 
 def names_the_cause(fault: str, cause: str) -> bool:
