@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from io import StringIO
 
+import pytest
 from rich.console import Console, RenderableType
+from rich.text import Text
 
 from longhaul.artifacts.endpoint import Endpoint
 from longhaul.artifacts.leases import LeaseOwner
@@ -57,6 +59,17 @@ def test_narrow_terminal_shows_fewer_columns_and_no_cut_names() -> None:
             text = shown(view(replace(STATUS, stages=[STAGE, stage])), width)
             row = next(line for line in text.splitlines() if line.startswith(name))
             assert f"{name}  failed, starts again  {expected}".rstrip() in row and "…" not in text, (width, text)
+
+
+def test_cells_of_many_stages_are_not_measured_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[object] = []
+    usual = Text.__rich_measure__
+    monkeypatch.setattr(
+        Text, "__rich_measure__", lambda cell, *options: (measured.append(cell), usual(cell, *options))[1]
+    )
+    for view in (status_view, progress_view):
+        assert shown(view(replace(STATUS, stages=[STAGE] * 200))).count("120/240") == 200
+    assert len(measured) < 200
 
 
 def test_status_fits_80_columns_and_has_every_value() -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from datetime import datetime
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.measure import Measurement
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -46,7 +45,7 @@ _BAR = ""
 _COLUMNS: tuple[str, ...] = ("stage", "state", "step", _BAR, "loss", "validation", "tokens/s", "time left")
 _LEFT_OUT_FIRST = (_BAR, "tokens/s", "validation", "time left", "loss", "step")
 """Columns that a narrow terminal has no room for. The lines below the table have most of these values, too."""
-_ANY_WIDTH = 10_000
+_SPACES_BETWEEN_COLUMNS = 2
 
 
 def status_view(status: RunStatus) -> RenderableType:
@@ -109,48 +108,47 @@ class StageTable:
         self._status = status
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the widest table that fits."""
-        any_width = options.update(max_width=_ANY_WIDTH)
-        table = self._table()
-        for number in range(1, len(_LEFT_OUT_FIRST) + 1):
-            if Measurement.get(console, any_width, table).maximum <= options.max_width:
+        """Yield the widest table that fits. It knows its widths: rich would render all cells several times to measure them."""
+        # Without progress, the last cells are missing.
+        rows = [dict(zip(_COLUMNS, _stage_row(stage), strict=False)) for stage in self._status.stages]
+        widths = {title: max([len(title), *(_width(row[title]) for row in rows if title in row)]) for title in _COLUMNS}
+        for title in _LEFT_OUT_FIRST:
+            if sum(widths.values()) + _SPACES_BETWEEN_COLUMNS * (len(widths) - 1) <= options.max_width:
                 break
-            table = self._table(_LEFT_OUT_FIRST[:number])
+            del widths[title]
+        table = Table(box=None, pad_edge=False, padding=(0, _SPACES_BETWEEN_COLUMNS, 0, 0), header_style="bold")
+        for title, width in widths.items():
+            table.add_column(title, width=width, no_wrap=True)
+        for row in rows:
+            table.add_row(*(row.get(title) for title in widths))
         yield table
 
-    def _table(self, left_out: tuple[str, ...] = ()) -> Table:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        kept = [title for title in _COLUMNS if title not in left_out]
-        for title in kept:
-            table.add_column(title, no_wrap=True)
-        for stage in self._status.stages:
-            # Without progress, the last cells are missing.
-            cells: dict[str, RenderableType] = dict(zip(_COLUMNS, _stage_row(stage), strict=False))
-            table.add_row(*(cells.get(title, "") for title in kept))
-        return table
+
+def _width(cell: Text | ProgressBar) -> int:
+    return cell.cell_len if isinstance(cell, Text) else _BAR_WIDTH
 
 
-def _stage_row(stage: StageStatus) -> list[RenderableType]:
+def _stage_row(stage: StageStatus) -> list[Text | ProgressBar]:
     state = Text(stage.job.state, _STYLES.get(stage.job.state, "dim"))
     return [_line(stage.name), state, *_stage_cells(stage)]
 
 
-def _stage_cells(stage: StageStatus) -> list[RenderableType]:
+def _stage_cells(stage: StageStatus) -> list[Text | ProgressBar]:
     progress = stage.progress
     step = progress.step if progress else 0
-    cells: list[RenderableType] = [
-        f"{step:,}/{_steps(stage)}",
+    cells: list[Text | ProgressBar] = [
+        Text(f"{step:,}/{_steps(stage)}"),
         ProgressBar(total=stage.steps or 1, completed=step if stage.steps else 0, width=_BAR_WIDTH),
     ]
     if progress is None:
         return cells
-    return [
-        *cells,
+    values = (
         text.nats(progress.loss),
         text.nats(progress.validation_loss),
         text.count(progress.tokens_per_s),
         text.duration(progress.seconds_left),
-    ]
+    )
+    return [*cells, *map(Text, values)]
 
 
 def _steps(stage: StageStatus) -> str:
