@@ -33,6 +33,7 @@ STEP = LoadStep(
     first_token_p99_s=0.5,
     inter_token_median_s=0.0123,
     inter_token_p99_s=None,
+    largest_difference=0.0021,
 )
 
 
@@ -79,8 +80,15 @@ def test_rows_of_an_engine_with_log_probabilities():
             "first token, 99 %": "0.5 s",
             "between tokens, median": "0.0123 s",
             "between tokens, 99 %": "–",
+            "largest difference, nats": "0.0021",
         }
     ]
+
+
+def test_a_result_of_an_older_release_has_no_difference_under_load():
+    step = LoadStep(**{key: value for key, value in STEP.items() if key != "largest_difference"})  # type: ignore[typeddict-item]
+    rows = serve_check_rows(replace(result(SCORES, True), load=[step]))
+    assert rows["load"][0]["largest difference, nats"] == "–"  # type: ignore[index]
 
 
 def test_rows_of_an_engine_without_log_probabilities():

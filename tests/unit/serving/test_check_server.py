@@ -60,6 +60,7 @@ def test_the_check_compares_measures_and_leaves_no_process(manifest: Path, capfd
     assert (result.agreement["largest_difference"] or 1) < 1e-5
     assert [(step["streams"], step["tokens"]) for step in result.load] == [(1, 4), (32, 128)]
     assert all(step["tokens_per_s"] > 0 for step in result.load)
+    assert [step.get("largest_difference") for step in result.load] == [0.0, 0.0]
     assert all((step["first_token_median_s"] or 0) > 0 for step in result.load)
     assert result.distinct_answers > 16
     assert result.refuses_other_keys

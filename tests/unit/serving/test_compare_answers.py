@@ -16,6 +16,7 @@ from longhaul.serving.compare_answers import (
     coarsest,
     compare_log_probabilities,
     compare_texts,
+    largest_difference,
 )
 from longhaul.serving.measure_load import distinct_prompts
 from longhaul.serving.reference_values import log_probabilities
@@ -91,6 +92,16 @@ ALONE = answer(("a", -0.5, {"a": -0.5, "b": -0.6}), ("c", -0.1, {"c": -0.1, "d":
 )
 def test_an_answer_under_load_may_differ_by_rounding_alone(loaded: Answer, difference: str | None):
     assert changed_answer(ALONE, loaded, 0.1) == difference
+
+
+def test_log_probabilities_under_load_are_compared_up_to_another_token():
+    moved = answer(("a", -0.75, {}), ("c", -0.1, {}))
+    other = answer(("a", -0.5, {}), ("d", -9.0, {}))
+    assert largest_difference([ALONE, ALONE], [ALONE, moved]) == pytest.approx(0.25)
+    assert largest_difference([ALONE], [other]) == 0.0
+    assert (
+        largest_difference([Answer("abc", "length", (), 3, ())] * 2, [Answer("abc", "length", (), 3, ())] * 2) is None
+    )
 
 
 def test_without_log_probabilities_the_text_must_be_equal():

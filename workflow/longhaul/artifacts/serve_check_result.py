@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NotRequired
 
 from pydantic import Field
 from typing_extensions import TypedDict
@@ -17,6 +17,8 @@ class LoadStep(TypedDict):
     tokens:         of all answers
     first_token_s:  from a request to the first piece of its answer
     inter_token_s:  between two pieces of an answer; a piece is a token, or several that arrived together
+    largest_difference: of log probabilities, from those of the same prompts alone, in nats; None: the engine returns none. Not
+                    in files of older releases
     """
 
     streams: int
@@ -26,6 +28,7 @@ class LoadStep(TypedDict):
     first_token_p99_s: float | None
     inter_token_median_s: float | None
     inter_token_p99_s: float | None
+    largest_difference: NotRequired[float | None]
 
 
 class Agreement(TypedDict):

@@ -51,6 +51,7 @@ def _load(step: LoadStep) -> dict[str, str]:
         "first token, 99 %": _seconds(step["first_token_p99_s"]),
         "between tokens, median": _seconds(step["inter_token_median_s"]),
         "between tokens, 99 %": _seconds(step["inter_token_p99_s"]),
+        "largest difference, nats": text.significant(step.get("largest_difference")),
     }
 
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Literal
 
 import numpy as np
 
 from longhaul.config.field_types import Precision
 from longhaul.errors import UserError
-from longhaul.serving.ask_server import Answer
+from longhaul.serving.ask_server import Answer, Token
 
 ExportDtype = Literal["fp32", "bf16", "fp8"]
 
@@ -107,16 +108,37 @@ def changed_answer(alone: Answer, loaded: Answer, largest: float) -> str | None:
     """
     if not alone.tokens:
         return None if alone.text == loaded.text else f"{loaded.text[:80]!r} instead of {alone.text[:80]!r}"
-    for place, (one, other) in enumerate(zip(alone.tokens, loaded.tokens, strict=False), start=1):
-        if one.text != other.text:
-            likeness = one.alternatives.get(other.text)
-            if likeness is None or one.log_probability - likeness > 2 * largest:
-                return f"token {place} is {other.text!r} instead of {one.text!r}"
-            return None
+    same = _equal_tokens(alone, loaded)
+    for place, (one, other) in enumerate(same, start=1):
         if not abs(one.log_probability - other.log_probability) <= largest:
             return f"the log probability of token {place} is {other.log_probability:.4g} instead of {one.log_probability:.4g}"
+    if len(same) < min(len(alone.tokens), len(loaded.tokens)):
+        one, other = alone.tokens[len(same)], loaded.tokens[len(same)]
+        likeness = one.alternatives.get(other.text)
+        if likeness is None or one.log_probability - likeness > 2 * largest:
+            return f"token {len(same) + 1} is {other.text!r} instead of {one.text!r}"
+        return None
     return (
         None
         if len(alone.tokens) == len(loaded.tokens)
         else f"{len(loaded.tokens)} tokens instead of {len(alone.tokens)}"
     )
+
+
+def largest_difference(alone: Sequence[Answer], loaded: Sequence[Answer]) -> float | None:
+    """Return the largest difference of log probabilities between answers to the same prompts; None without log probabilities.
+
+    After a token that differs, the answers continue another text, so their log probabilities are not compared.
+    """
+    differences = [
+        abs(one.log_probability - other.log_probability)
+        for answers in zip(alone, loaded, strict=True)
+        for one, other in _equal_tokens(*answers)
+    ]
+    return max(differences, default=None)
+
+
+def _equal_tokens(alone: Answer, loaded: Answer) -> list[tuple[Token, Token]]:
+    """Return the pairs of tokens before the first two that differ."""
+    pairs = zip(alone.tokens, loaded.tokens, strict=False)
+    return list(takewhile(lambda pair: pair[0].text == pair[1].text, pairs))

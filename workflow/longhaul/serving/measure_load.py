@@ -15,7 +15,7 @@ import psutil
 from longhaul.artifacts.serve_check_result import LoadStep
 from longhaul.errors import UserError
 from longhaul.serving.ask_server import Answer, Connection, Prompt
-from longhaul.serving.compare_answers import changed_answer
+from longhaul.serving.compare_answers import changed_answer, largest_difference
 
 _SAMPLING_S = 0.5
 
@@ -55,6 +55,7 @@ async def measure_load(
         first_token_p99_s=_quantile(first_s, 0.99),
         inter_token_median_s=_quantile(gaps_s, 0.5),
         inter_token_p99_s=_quantile(gaps_s, 0.99),
+        largest_difference=largest_difference(alone, loaded),
     )
 
 
