@@ -87,7 +87,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self._is_allowed():
             self._send(401, {})
         elif body.get("stream"):
-            self._stream(body["prompt"], body["max_tokens"])
+            # Without ignore_eos, every answer ends after one token, as those of a chat model may.
+            self._stream(body["prompt"], body["max_tokens"] if body.get("ignore_eos") else 1)
         else:
             prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
             self._send(200, {"choices": [_scored(number, ids, body) for number, ids in enumerate(prompts)]})

@@ -22,7 +22,9 @@ class ServeCheck(FrozenModel):
         default=(1, 8, 64),
         description=f"Numbers of requests at the same time, at most {MOST_STREAMS}; each is measured once.",
     )
-    answer_tokens: Annotated[int, Field(ge=2, le=4096)] = Field(default=32, description="Most tokens of an answer.")
+    answer_tokens: Annotated[int, Field(ge=2, le=4096)] = Field(
+        default=32, description="Tokens of an answer. Answers of `transformers serve` end earlier where the text ends."
+    )
     start_timeout_s: Timeout = Field(
         default=1800.0, description="Time limit from the start of the server to its first answer, in seconds."
     )

@@ -55,12 +55,14 @@ class Connection:
     async def answer(self, prompt: Prompt, most_tokens: int) -> Answer:
         """Return the streamed greedy answer to a prompt.
 
+        vLLM and SGLang continue after an end of text. A model that ends its answers soon would else be under no load.
+
         Raises:
             UserError: the server refuses the request, or the answer ends before it is complete.
         """
         body: dict[str, Any] = self._body(prompt, most_tokens) | {"stream": True}
         if self.server.engine.gives_log_probabilities:
-            body |= {"logprobs": _ALTERNATIVES, "stream_options": {"include_usage": True}}
+            body |= {"logprobs": _ALTERNATIVES, "stream_options": {"include_usage": True}, "ignore_eos": True}
         start = time.monotonic()
         pieces: list[tuple[float, dict[str, Any]]] = []
         try:
