@@ -8,11 +8,13 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longhaul.artifacts.artifact_schemas import Export
 from tests.serve.make_exports import CASES
 
 PROMPTS = 50
@@ -32,6 +34,29 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "tests.serve.make_exports", folder], check=True, env=environment, cwd=ROOT)
     return {name: folder / name / "export" / "main" / "latest" for name in CASES}
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The link to the export of the demo, which `longhaul run` trains in about 2.5 minutes.
+
+    A server of it starts in another folder, so the paths in its manifest are made absolute.
+    """
+    folder = tmp_path_factory.mktemp("demo")
+    command = [sys.executable, "-m", "longhaul", "run", "demo", "results/demo/export/chat.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "workflow")}
+    ran = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, (ran.stdout + ran.stderr)[-4000:]
+    latest = folder / "results/demo/export/chat/latest"
+    export = Export.read(manifest_of(latest))
+    absolute = {"path": str(folder / export.path), "checkpoint": str(folder / export.checkpoint)}
+    replace(export, **absolute).write(manifest_of(latest))
+    return latest
+
+
+def manifest_of(latest: Path) -> Path:
+    """Return the manifest of an export. latest: the link to its folder"""
+    return latest.parents[1] / f"{latest.parent.name}.json"
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`longhaul serve` with vLLM: who may ask, where it listens, what it logs, that it drains, and that no process is left."""
+"""`longhaul serve` of the demo in vLLM: who may ask, where it listens, what it logs, that it drains and leaves no process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.serve.conftest import ENGINES
+from tests.serve.test_serve_check import DEMO_SERVING
 from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
 from tests.support.wait import wait_for
 
@@ -32,16 +32,10 @@ def complete(url: str, prompt: Any, tokens: int) -> int:
 
 
 @pytest.fixture
-def run(exports: dict[str, Path], tmp_path: Path) -> Iterator[ServedRun]:
-    serving = {
-        "engine": "vllm",
-        "python": [ENGINES["vllm"]],
-        "options": ["--enforce-eager"],
-        "environment": {"VLLM_CPU_KVCACHE_SPACE": "1"},
-    }
+def run(demo: Path, tmp_path: Path) -> Iterator[ServedRun]:
     serve = {"drain_s": 60, "concurrency": 2, "max_running_requests": 8}
-    served = ServedRun(tmp_path.resolve(), serve, {**LOCAL_SITE, "serving": serving})
-    served.write_export(exports["llama"].resolve())
+    served = ServedRun(tmp_path.resolve(), serve, {**LOCAL_SITE, "serving": DEMO_SERVING.model_dump(mode="json")})
+    served.write_export(demo.resolve())
     yield served
     for process in served.processes():
         process.kill()

@@ -14,7 +14,7 @@ from longhaul.config.serve_config import Serve
 from longhaul.config.site_serving_config import Serving
 from longhaul.evaluation.evaluate_model import run
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
-from tests.serve.conftest import ENGINES
+from tests.serve.conftest import ENGINES, manifest_of
 
 QUESTIONS = [
     {"question": f"What is {n}?", "choices": ["odd", f"the number {n}", "one"], "label": n % 3, "answer": "one"}
@@ -96,6 +96,6 @@ def test_vllm_and_transformers_give_the_same_score(
     keys: dict[str, Any], exports: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    export = exports["llama"].parents[1] / "main.json"
+    export = manifest_of(exports["llama"])
     served, computed = (score(tmp_path, export, keys, serving) for serving in (VLLM, None))
     assert math.isfinite(served) and served == pytest.approx(computed, abs=1e-3) and served > 0

@@ -118,14 +118,20 @@ class ServedRun:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def processes(self) -> list[psutil.Process]:
-        """Return the processes of this run's server: those that name its folder or work in it."""
-        return [process for process in psutil.process_iter() if self._is_mine(process)]
+        """Return the processes of this run's server."""
+        return processes_in(self.folder)
 
-    def _is_mine(self, process: psutil.Process) -> bool:
+
+def processes_in(folder: Path) -> list[psutil.Process]:
+    """Return the living processes whose working folder is `folder`."""
+
+    def works_there(process: psutil.Process) -> bool:
         try:
-            return process.cwd() == str(self.folder) and is_alive(process)
+            return process.cwd() == str(folder) and is_alive(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             return False
+
+    return [process for process in psutil.process_iter() if works_there(process)]
 
 
 def answer(url: str, key: str | None = None) -> int:
