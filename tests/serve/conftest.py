@@ -1,4 +1,4 @@
-"""Python interpreters of the engines' environments, and the exports that they load."""
+"""Python interpreters of the engines' environments, the exports that they load, and the record of what they compute."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import Export
 from tests.serve.make_exports import CASES
+from tests.serve.serve_record import ServeRecord
 
 PROMPTS = 50
 ROOT = Path(__file__).parents[2]
@@ -57,6 +58,20 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def manifest_of(latest: Path) -> Path:
     """Return the manifest of an export. latest: the link to its folder"""
     return latest.parents[1] / f"{latest.parent.name}.json"
+
+
+@pytest.fixture(scope="session")
+def record() -> Iterator[ServeRecord]:
+    """The rows of bench/results/serve.txt."""
+    record = ServeRecord()
+    yield record
+    packages = ("transformers", "torch")
+    record.write(
+        {
+            "vllm": (ENGINES["vllm"], ("vllm", *packages)),
+            "transformers 4": (ENGINES["transformers 4"], packages),
+        }
+    )
 
 
 @pytest.fixture(scope="session")

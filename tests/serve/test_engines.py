@@ -13,6 +13,7 @@ import pytest
 
 from tests.serve.conftest import PROMPTS
 from tests.serve.make_exports import CASES
+from tests.serve.serve_record import ServeRecord
 
 # In fp32, engines differ in the order of their sums only. Log probabilities are of size 1 to 20. Measured with vLLM 0.32's CPU
 # build, over 200 prompts for each case, and for 4 further random Llama and Qwen3 models: the largest difference is 1.7e-5, with
@@ -36,7 +37,11 @@ def largest_difference(found: list[list[float]], expected: list[list[float]]) ->
 
 
 def test_transformers_4_computes_and_tokenizes_alike(
-    exports: dict[str, Path], prompts: Path, reference: dict[str, Any], run_script: Callable[..., Any]
+    exports: dict[str, Path],
+    prompts: Path,
+    reference: dict[str, Any],
+    run_script: Callable[..., Any],
+    record: ServeRecord,
 ):
     found = run_script("transformers 4", "score_with_transformers.py", prompts, "OUT", *exports.values())
     assert found["version"].startswith("4.57.")
@@ -47,12 +52,19 @@ def test_transformers_4_computes_and_tokenizes_alike(
         assert own["dtype"] == reference[name]["dtype"], name
         # transformers 5 reads every tokenizer of a qwen2 model as Qwen2's; the model card says so.
         assert own["ids"] == reference[name]["ids"] or CASES[name].kind == "qwen2", name
+        record.add_scores(name, "transformers 4", largest, TRANSFORMERS_BOUND)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_computes_alike(
-    name: str, exports: dict[str, Path], prompts: Path, reference: dict[str, Any], run_script: Callable[..., Any]
+    name: str,
+    exports: dict[str, Path],
+    prompts: Path,
+    reference: dict[str, Any],
+    run_script: Callable[..., Any],
+    record: ServeRecord,
 ):
     found = run_script("vllm", "score_with_vllm.py", exports[name], prompts, "OUT")
     largest = largest_difference(found, reference[name]["scores"])
     assert largest < vllm_bound(name)
+    record.add_scores(name, "vllm", largest, vllm_bound(name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.serve.serve_record import ServeRecord
 from tests.serve.test_serve_check import DEMO_SERVING
 from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
 from tests.support.wait import wait_for
@@ -46,7 +48,7 @@ def logged(run: ServedRun) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
+def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, record: ServeRecord):
     run.start_verb()
     endpoint = run.wait_until_ready(START_S)
     assert [answer(f"{endpoint.url}/models", key) for key in (None, "wrong", KEY)] == [401, 401, 200]
@@ -65,6 +67,8 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun):
         assert [request.result() for request in asked] == [100] * REQUESTS, "accepted requests are answered"
     wait_for(lambda: not run.processes())
     assert "max_num_seqs" in logged(run) and KEY not in logged(run) and MARKER not in logged(run)
+    record.add_end("longhaul serve, kill -9 of a client", "its request ended, the next one was answered")
+    record.add_end("longhaul serve --stop", f"{REQUESTS} of {REQUESTS} accepted requests answered, no process left")
 
 
 def _kill_a_client_with_a_running_request(url: str) -> None:
@@ -92,9 +96,12 @@ def _has_running_request(url: str) -> bool:
 
 
 @pytest.mark.timeout(900)
-def test_no_process_of_vllm_is_left_after_kill_9_of_the_supervisor(run: ServedRun):
+def test_no_process_of_vllm_is_left_after_kill_9_of_the_supervisor(run: ServedRun, record: ServeRecord):
     run.start_verb()
     run.wait_until_ready(START_S)
     assert run.process is not None and len(run.processes()) > 4
     run.process.kill()
+    killed = time.monotonic()
     wait_for(lambda: not run.processes(), 120)
+    seconds = time.monotonic() - killed
+    record.add_end("longhaul serve, kill -9 of the supervisor", f"no process left after {seconds:.1f} s")

@@ -24,6 +24,7 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT, manifest_of
+from tests.serve.serve_record import LADDER, STREAMS, TRANSFORMERS_SERVE, VICTIMS, ServeRecord
 from tests.serve.test_engines import vllm_bound
 from tests.support.served_run import processes_in
 from tests.support.wait import wait_for_end
@@ -40,7 +41,6 @@ SERVING = Serving(
 # 64 + 16. Without it, vLLM caches keys and values of all heads, which its other kernel computes for heads of 48, too.
 DEMO_SERVING = SERVING.model_copy(update={"environment": {**SERVING.environment, "VLLM_MLA_DISABLE": "1"}})
 TOKENS = 16
-LADDER = (1, 2, 4, 8, 16, 32, 64)
 
 
 def write_job(folder: Path, latest: Path, streams: tuple[int, ...], serving: Serving = SERVING, nodes: int = 1) -> Path:
@@ -106,24 +106,31 @@ def assert_vllm_holds_to_every_bound(result: ServeCheckResult, log: str, export:
     assert "prompt_token_ids" not in log
 
 
-@pytest.mark.parametrize(("name", "streams"), [("llama", (1, 8, 64)), ("qwen3", (4,)), ("deepseek-v3-tied", (1, 64))])
+@pytest.mark.parametrize(("name", "streams"), STREAMS.items())
 def test_a_served_export_holds_to_every_bound(
-    name: str, streams: tuple[int, ...], exports: dict[str, Path], tmp_path: Path
+    name: str, streams: tuple[int, ...], exports: dict[str, Path], tmp_path: Path, record: ServeRecord
 ):
     result, log = check(tmp_path.resolve(), exports[name], streams)
     assert_vllm_holds_to_every_bound(result, log, manifest_of(exports[name]), vllm_bound(name))
+    record.add_check(name, "vllm", result, vllm_bound(name))
+    record.add_load(name, "vllm", result, vllm_bound(name))
 
 
-def test_the_demo_in_vllm_holds_to_every_bound_with_up_to_64_streams(demo: Path, tmp_path: Path):
+def test_the_demo_in_vllm_holds_to_every_bound_with_up_to_64_streams(demo: Path, tmp_path: Path, record: ServeRecord):
     result, log = check(tmp_path.resolve(), demo, LADDER, DEMO_SERVING)
     assert_vllm_holds_to_every_bound(result, log, manifest_of(demo), vllm_bound("demo"))
+    record.add_check("demo", "vllm", result, vllm_bound("demo"))
+    record.add_load("demo", "vllm", result, vllm_bound("demo"))
+    record.add_end("serve_check ends", "no process left")
 
 
-def test_the_demo_in_transformers_serve_answers_up_to_64_streams(demo: Path, tmp_path: Path):
+def test_the_demo_in_transformers_serve_answers_up_to_64_streams(demo: Path, tmp_path: Path, record: ServeRecord):
     """It gives no log probabilities: the greedy text is compared, and every answer under load must be equal."""
     result, _ = check(tmp_path.resolve(), demo, LADDER, Serving())
     assert result.agreement["same_text"] is not None and result.agreement["compared"] > 3
     assert result.distinct_answers > 8
+    record.add_check("demo", TRANSFORMERS_SERVE, result, 0.0)
+    record.add_load("demo", TRANSFORMERS_SERVE, result, 0.0)
 
 
 def name_of(process: psutil.Process) -> str:
@@ -146,14 +153,17 @@ def start_until_vllm_has_a_worker(job: Path) -> tuple[subprocess.Popen[bytes], l
     return check, processes
 
 
-@pytest.mark.parametrize("victim", ["check", "guardian", "server", "worker"])
-def test_no_process_is_left_after_kill_9(victim: str, demo: Path, tmp_path: Path):
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_no_process_is_left_after_kill_9(victim: str, demo: Path, tmp_path: Path, record: ServeRecord):
     folder = tmp_path.resolve()
     check, processes = start_until_vllm_has_a_worker(write_job(folder, demo, (1,), DEMO_SERVING))
     worker = next(process for process in processes if "VLLM::Worker" in name_of(process))
     victims = {"check": check.pid, "guardian": processes[0].pid, "server": processes[1].pid, "worker": worker.pid}
     os.kill(victims[victim], signal.SIGKILL)
+    killed = time.monotonic()
     assert check.wait(timeout=200) != 0
     wait_for_end(processes, 30)
     assert processes_in(folder) == []
+    seconds = time.monotonic() - killed
     assert not (folder / "result.json").exists()
+    record.add_end(f"serve_check, kill -9 of the {victim}", f"no process left after {seconds:.1f} s")

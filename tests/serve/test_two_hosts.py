@@ -15,6 +15,7 @@ from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.config.site_serving_config import Serving
 from longhaul.serving.api_key import create_key_file, read_key_file
 from tests.serve.conftest import ENGINES, manifest_of
+from tests.serve.serve_record import TWO_HOSTS, ServeRecord
 from tests.serve.test_engines import vllm_bound
 from tests.serve.test_serve_check import write_job
 from tests.support.server_on_two_hosts import NODES, start_parts, write_server_spec
@@ -46,7 +47,12 @@ def ask(hosts: VirtualHosts, endpoint: Endpoint, key: str, body: dict[str, Any])
 
 @pytest.mark.timeout(600)
 def test_two_hosts_serve_one_model(
-    hosts: VirtualHosts, exports: dict[str, Path], prompts: Path, reference: dict[str, Any], tmp_path: Path
+    hosts: VirtualHosts,
+    exports: dict[str, Path],
+    prompts: Path,
+    reference: dict[str, Any],
+    tmp_path: Path,
+    record: ServeRecord,
 ):
     folder = tmp_path / "job"
     folder.mkdir()
@@ -68,6 +74,7 @@ def test_two_hosts_serve_one_model(
     assert largest < vllm_bound("llama")
     hosts.run("kill", str(endpoint.owner.pid), host=NODES[0])
     assert [part.wait(timeout=60) for part in parts] == [0, 0], "the second host's part ends with the first one's"
+    record.add_scores("llama", TWO_HOSTS, largest, vllm_bound("llama"))
 
 
 def _largest_difference(
@@ -85,7 +92,7 @@ def _largest_difference(
 
 @pytest.mark.timeout(600)
 def test_a_server_on_two_hosts_is_checked_from_the_first_one(
-    hosts: VirtualHosts, exports: dict[str, Path], tmp_path: Path
+    hosts: VirtualHosts, exports: dict[str, Path], tmp_path: Path, record: ServeRecord
 ):
     folder = tmp_path / "job"
     folder.mkdir()
@@ -96,3 +103,4 @@ def test_a_server_on_two_hosts_is_checked_from_the_first_one(
     assert (result.nodes, result.pipeline) == (2, 2)
     assert (result.agreement["largest_difference"] or 1.0) < vllm_bound("llama")
     assert "PP1" in (folder / "n2.log").read_text(), "the second host has the second half of the layers"
+    record.add_check("llama", TWO_HOSTS, result, vllm_bound("llama"))
