@@ -1,4 +1,4 @@
-"""Runs in the environment of vLLM: python score_with_vllm.py FOLDER PROMPTS.json OUT.json.
+"""Runs in the environment of vLLM: python score_with_vllm.py FOLDER PROMPTS.json OUT.json [rotary-kernel].
 
 PROMPTS.json holds [[token id]]. OUT.json gets, for each prompt, the log probabilities of its second token and of all later ones.
 """
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 
-def main(folder: str, prompts: Path, out: Path) -> None:
-    """Score the prompts with the export in `folder`, in fp32."""
+def main(folder: str, prompts: Path, out: Path, has_rotary_kernel: bool) -> None:
+    """Score the prompts with the model in `folder`, in fp32."""
     from vllm import LLM, SamplingParams
 
     # Of vLLM 0.32's CPU kernels, rotary_embedding is wrong for DeepSeek: it writes to views of wider rows as if they were
     # contiguous. vLLM's own PyTorch code of the same layer is used instead.
-    compilation: Any = {"custom_ops": ["-rotary_embedding"]}
+    compilation: Any = {"custom_ops": [] if has_rotary_kernel else ["-rotary_embedding"]}
     model = LLM(
         folder,
         dtype="float32",
@@ -37,4 +37,4 @@ def main(folder: str, prompts: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:] == ["rotary-kernel"])

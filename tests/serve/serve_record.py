@@ -14,6 +14,7 @@ STREAMS: dict[str, tuple[int, ...]] = {"llama": (1, 8, 64), "qwen3": (4,), "deep
 """Tiny model -> numbers of requests at the same time that vLLM answers. The demo's export gets all of LADDER."""
 VICTIMS = ("check", "guardian", "server", "worker")
 TWO_HOSTS = "vllm on two hosts"
+NOT_EXPORTED, ROTARY_KERNEL = "deepseek-v3 of transformers", "vllm with its rotary kernel, which is wrong"
 TRANSFORMERS_SERVE = "transformers serve"
 
 _SCORES = "largest difference of log probabilities from those of transformers 5, in nats; 50 prompts of 24 tokens"
@@ -24,6 +25,7 @@ ROWS: dict[str, list[str]] = {
     _SCORES: [
         *(f"{name} {engine}" for name in CASES for engine in ("transformers 4", "vllm")),
         f"llama {TWO_HOSTS}",
+        *(f"{NOT_EXPORTED} {engine}" for engine in ("vllm", ROTARY_KERNEL)),
     ],
     _SERVED: [*(f"{name} vllm" for name in ("demo", *STREAMS)), f"llama {TWO_HOSTS}", f"demo {TRANSFORMERS_SERVE}"],
     _LOAD: [

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests.serve.conftest import PROMPTS
-from tests.serve.make_exports import CASES
-from tests.serve.serve_record import ServeRecord
+from tests.serve.make_exports import CASES, servable_config
+from tests.serve.serve_record import NOT_EXPORTED, ROTARY_KERNEL, ServeRecord
+from tests.support.stage_folder import write_tokenizer
 
 # In fp32, engines differ in the order of their sums only. Log probabilities are of size 1 to 20. Measured with vLLM 0.32's CPU
 # build, over 200 prompts for each case, and for 4 further random Llama and Qwen3 models: the largest difference is 1.7e-5, with
@@ -68,3 +69,37 @@ def test_vllm_computes_alike(
     largest = largest_difference(found, reference[name]["scores"])
     assert largest < vllm_bound(name)
     record.add_scores(name, "vllm", largest, vllm_bound(name))
+
+
+@pytest.fixture(scope="module")
+def not_exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DeepSeek-V3 that transformers wrote, without longhaul.
+
+    The two keys are in DeepSeek's repositories, and vLLM does not load a folder without them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("not-exported")
+    config = servable_config("deepseek-v3-tied")
+    config.update({"tie_word_embeddings": False, "topk_method": "noaux_tc", "scoring_func": "sigmoid"})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def test_vllm_computes_a_deepseek_that_longhaul_did_not_write_without_its_rotary_kernel(
+    not_exported: Path, prompts: Path, run_script: Callable[..., Any], record: ServeRecord
+):
+    """So the kernel of the CPU build is wrong, and not an export."""
+    found = run_script("transformers 5", "score_with_transformers.py", prompts, "OUT", not_exported)
+    expected = found[str(not_exported)]["scores"]
+    without, with_kernel = (
+        largest_difference(run_script("vllm", "score_with_vllm.py", not_exported, prompts, "OUT", *words), expected)
+        for words in ((), ("rotary-kernel",))
+    )
+    assert without < VLLM_BOUND_WITH_LATENT_ATTENTION
+    assert with_kernel > 0.1, "the kernel is right: remove -rotary_embedding from the tests and the how-to page"
+    record.add_scores(NOT_EXPORTED, "vllm", without, VLLM_BOUND_WITH_LATENT_ATTENTION)
+    record.add_scores(NOT_EXPORTED, ROTARY_KERNEL, with_kernel, VLLM_BOUND_WITH_LATENT_ATTENTION)

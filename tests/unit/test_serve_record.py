@@ -10,7 +10,17 @@ import pytest
 import bench.machine
 from longhaul.artifacts.serve_check_result import LoadStep, ServeCheckResult
 from tests.serve.make_exports import CASES
-from tests.serve.serve_record import LADDER, ROWS, STREAMS, TRANSFORMERS_SERVE, TWO_HOSTS, VICTIMS, ServeRecord
+from tests.serve.serve_record import (
+    LADDER,
+    NOT_EXPORTED,
+    ROTARY_KERNEL,
+    ROWS,
+    STREAMS,
+    TRANSFORMERS_SERVE,
+    TWO_HOSTS,
+    VICTIMS,
+    ServeRecord,
+)
 
 
 def checked(streams: tuple[int, ...], largest: float | None) -> ServeCheckResult:
@@ -60,6 +70,8 @@ def filled() -> ServeRecord:
         for engine in ("transformers 4", "vllm"):
             record.add_scores(name, engine, 2e-6, 1e-4)
     record.add_scores("llama", TWO_HOSTS, 2e-6, 1e-4)
+    record.add_scores(NOT_EXPORTED, "vllm", 3e-5, 1e-3)
+    record.add_scores(NOT_EXPORTED, ROTARY_KERNEL, 6.5, 1e-3)
     record.add_check("llama", TWO_HOSTS, checked((1,), 2e-6), 1e-4)
     for name, streams in {"demo": LADDER, **STREAMS}.items():
         record.add_check(name, "vllm", checked(streams, 3e-6), 1e-4)
