@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import threading
@@ -153,3 +154,13 @@ def test_what_can_be_known_is_refused_before_the_start(run: ServedRun, tmp_path:
     chat = [*run.command()[:-1], "chat"]
     done = subprocess.run(chat, cwd=run.folder, env=run.environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "stages.chat.export is none" in done.stderr
+
+
+def test_a_port_in_use_is_refused_before_the_start(tmp_path: Path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        run = ServedRun(tmp_path.resolve(), {"port": port}, LOCAL_SITE)
+        run.write_export()
+        done = run.call()
+    assert done.returncode == 2 and f"port {port} of 127.0.0.1 cannot be used: Address already in use" in done.stderr
+    assert not run.job.launch_script.exists()

@@ -16,7 +16,8 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.serving import run_server
-from longhaul.serving.run_server import run, server_of
+from longhaul.serving.run_server import run
+from longhaul.serving.server_process import require_free_port
 
 
 def spec(folder: Path, **changes: Any) -> ServeSpec:
@@ -75,13 +76,13 @@ def test_without_slurm_or_without_a_key_only_this_machine_reaches_it(
     assert run_server._listening_address(spec(tmp_path, **changes)) == "127.0.0.1"
 
 
-def test_a_port_in_use_is_refused(tmp_path: Path):
+def test_a_port_in_use_is_refused():
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 cannot be used: Address already in use"):
-            run_server._require_free_port(server_of(spec(tmp_path), tmp_path, "127.0.0.1", port))
+            require_free_port("127.0.0.1", port)
 
 
 def test_a_damaged_export_is_not_served(tmp_path: Path):

@@ -37,8 +37,9 @@ from longhaul.scheduling.read_job_queue import read_queue
 from longhaul.scheduling.slurm_client import SlurmCommandError
 from longhaul.serving.api_key import keep_key
 from longhaul.serving.engine_version import check_packages_here
-from longhaul.serving.engines import ENGINES
+from longhaul.serving.engines import ENGINES, LOOPBACK
 from longhaul.serving.run_server import server_of
+from longhaul.serving.server_process import require_free_port
 
 KEY_VARIABLE = "LONGHAUL_API_KEY"
 """Environment variable with the API key that the user wants; without it a random key is made."""
@@ -50,7 +51,8 @@ def serve(plan: Plan, stage: str) -> None:
     """Submit the job that serves a stage's export, or become it on a machine without Slurm.
 
     Raises:
-        UserError: the stage has no export, the engine is missing or has no keys, its server runs, or Slurm refuses the job.
+        UserError: the stage has no export, the engine is missing or has no keys, its server runs, its port is in use on this
+            machine, or Slurm refuses the job.
     """
     job = _job(plan, stage)
     _require_export(plan, stage)
@@ -60,8 +62,10 @@ def serve(plan: Plan, stage: str) -> None:
     _require_no_server(plan, job)
     if plan.site.scheduler == "local":
         _own_server(plan, job)
-    folder = write_job_files(plan, job, Path.cwd())
     spec = _spec(plan, job)
+    if spec.local and spec.port:
+        require_free_port(LOOPBACK, spec.port)  # the job would look only after it has hashed the export
+    folder = write_job_files(plan, job, Path.cwd())
     if spec.key_file:
         # Popped: the job's environment would hold it otherwise.
         keep_key(Path(spec.key_file), os.environ.pop(KEY_VARIABLE, None))

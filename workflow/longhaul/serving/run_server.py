@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,7 +20,6 @@ from longhaul.artifacts.job_state import SIGNALLED, Outcome, read_deadline
 from longhaul.artifacts.leases import LeaseOwner
 from longhaul.artifacts.paths import JobFolder
 from longhaul.config.site_serving_config import Serving
-from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.runtime.process_tree import signal_at_end_of_parent
 from longhaul.serving.api_key import read_key_file
@@ -32,6 +30,7 @@ from longhaul.serving.server_process import (
     engine_variables,
     free_port,
     guarded_process,
+    require_free_port,
     run_until_first_node_ends,
     wait_until_healthy,
 )
@@ -83,7 +82,7 @@ def _serve(job: ServeSpec, model: Path, link: NodeLink | None) -> None:
     host = _listening_address(job)
     server = server_of(job, model, host, job.port or free_port(host))
     key = read_key_file(server.key_file) if server.key_file else None
-    _require_free_port(server)
+    require_free_port(host, server.port)
     server.place_files()
     command, variables = server.command(0, link and link.leader), engine_variables(server, key, link)
     engine = guarded_process(command, variables, job.drain_s)
@@ -218,15 +217,3 @@ def _listening_address(job: ServeSpec) -> str:
     if job.local or job.key_file is None:
         return LOOPBACK
     return listening_address(job.nodes)
-
-
-def _require_free_port(server: Server) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((server.host, server.port))
-        except OSError as error:
-            raise UserError(
-                f"port {server.port} of {server.host} cannot be used: {error.strerror}",
-                "set serve.port to another port, or leave it out: a free one is taken",
-            ) from None

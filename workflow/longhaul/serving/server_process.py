@@ -154,3 +154,16 @@ def free_port(host: str) -> int:
     with socket.socket() as found:
         found.bind((host, 0))
         return found.getsockname()[1]
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raise UserError if a server cannot listen at this address of this machine."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port} of {host} cannot be used: {error.strerror}",
+                "set serve.port to another port, or leave it out: a free one is taken",
+            ) from None
