@@ -23,6 +23,7 @@ _LOAD = "streamed answers, compared with the answers to the same prompts alone; 
 _ENDS = "ends of a server of the demo's export in vLLM"
 ROWS: dict[str, list[str]] = {
     _SCORES: [
+        "demo transformers 4",
         *(f"{name} {engine}" for name in CASES for engine in ("transformers 4", "vllm")),
         f"llama {TWO_HOSTS}",
         *(f"{NOT_EXPORTED} {engine}" for engine in ("vllm", ROTARY_KERNEL)),

@@ -56,6 +56,21 @@ def test_transformers_4_computes_and_tokenizes_alike(
         record.add_scores(name, "transformers 4", largest, TRANSFORMERS_BOUND)
 
 
+@pytest.mark.timeout(900)  # the first test that needs the demo also waits for its training
+def test_transformers_4_computes_the_demo_and_writes_its_chats_alike(
+    demo: Path, prompts: Path, run_script: Callable[..., Any], record: ServeRecord
+):
+    found, expected = (
+        run_script(engine, "score_with_transformers.py", prompts, "OUT", demo)[str(demo)]
+        for engine in ("transformers 4", "transformers 5")
+    )
+    largest = largest_difference(found["scores"], expected["scores"])
+    assert largest < TRANSFORMERS_BOUND
+    assert found["ids"] == expected["ids"] and found["chat"] == expected["chat"]
+    assert found["chat"].count("assistant") == 2
+    record.add_scores("demo", "transformers 4", largest, TRANSFORMERS_BOUND)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_vllm_computes_alike(
     name: str,
