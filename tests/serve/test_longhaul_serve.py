@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 
+from longhaul.artifacts.endpoint import Endpoint
 from tests.serve.serve_record import ServeRecord
 from tests.serve.test_serve_check import DEMO_SERVING
 from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
@@ -22,6 +24,7 @@ START_S = 300
 REQUESTS = 24
 """Each asks for 100 tokens. The server computes at most 8 requests at a time, so the last answer comes seconds later."""
 MARKER = "a-text-that-no-log-may-hold"
+CHAT = [{"role": "user", "content": "What does os.path.join do?"}]
 
 
 def complete(url: str, prompt: Any, tokens: int) -> int:
@@ -31,6 +34,25 @@ def complete(url: str, prompt: Any, tokens: int) -> int:
     request = urllib.request.Request(f"{url}/completions", json.dumps(body).encode(), headers)
     with urllib.request.urlopen(request, timeout=120) as response:
         return json.loads(response.read())["usage"]["completion_tokens"]
+
+
+def chat(endpoint: Endpoint) -> str:
+    """Return the answer to CHAT, asked as the how-to page says."""
+    client = OpenAI(base_url=endpoint.url, api_key=KEY)
+    messages: Any = CHAT
+    asked = client.chat.completions.create(model=endpoint.model, messages=messages, max_tokens=24, temperature=0)
+    return asked.choices[0].message.content or ""
+
+
+def answer_of_transformers(export: Path) -> str:
+    """Return what transformers answers to CHAT with at most 24 tokens."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    model: Any = AutoModelForCausalLM.from_pretrained(export)
+    prompt = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
 @pytest.fixture
@@ -48,7 +70,7 @@ def logged(run: ServedRun) -> str:
 
 
 @pytest.mark.timeout(900)
-def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, record: ServeRecord):
+def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, demo: Path, record: ServeRecord):
     run.start_verb()
     endpoint = run.wait_until_ready(START_S)
     assert [answer(f"{endpoint.url}/models", key) for key in (None, "wrong", KEY)] == [401, 401, 200]
@@ -59,6 +81,8 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, reco
     assert listening_addresses(run.processes()) == {"127.0.0.1"}
     assert not [process for process in run.processes() if KEY in " ".join(process.cmdline())]
     assert complete(endpoint.url, MARKER, 4) == 4
+    expected = answer_of_transformers(demo)
+    assert chat(endpoint).strip() == expected and expected
     _kill_a_client_with_a_running_request(endpoint.url)
     with ThreadPoolExecutor(REQUESTS) as pool:
         asked = [pool.submit(complete, endpoint.url, [5, 6, 7, number], 100) for number in range(REQUESTS)]
