@@ -86,7 +86,7 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, demo
     _kill_a_client_with_a_running_request(endpoint.url)
     with ThreadPoolExecutor(REQUESTS) as pool:
         asked = [pool.submit(complete, endpoint.url, [5, 6, 7, number], 100) for number in range(REQUESTS)]
-        wait_for(lambda: _has_running_request(endpoint.url))
+        wait_for(lambda: metric(endpoint.url, "vllm:num_requests_running"))
         assert run.call("--stop").returncode == 0
         assert [request.result() for request in asked] == [100] * REQUESTS, "accepted requests are answered"
     wait_for(lambda: not run.processes())
@@ -97,8 +97,9 @@ def test_vllm_asks_for_the_key_drains_and_leaves_no_process(run: ServedRun, demo
 
 def _kill_a_client_with_a_running_request(url: str) -> None:
     """Check that the server ends the request of a killed client, and answers others."""
+    tokens, before = 110, metric(url, "vllm:generation_tokens_total")
     body = json.dumps(
-        {"model": "small-base", "prompt": [9, 8, 7], "max_tokens": 110, "stream": True, "ignore_eos": True}
+        {"model": "small-base", "prompt": [9, 8, 7], "max_tokens": tokens, "stream": True, "ignore_eos": True}
     )
     headers = ("-H", f"Authorization: Bearer {KEY}", "-H", "Content-Type: application/json")
     command = ["curl", "-s", "-N", *headers, "-d", body, f"{url}/completions"]
@@ -107,16 +108,18 @@ def _kill_a_client_with_a_running_request(url: str) -> None:
     assert client.stdout.readline().startswith(b"data: "), "the first token came"
     client.kill()
     client.wait()
-    wait_for(lambda: not _has_running_request(url))
+    wait_for(lambda: not metric(url, "vllm:num_requests_running"))
+    assert metric(url, "vllm:generation_tokens_total") - before < tokens, "the request was not computed to its end"
     assert complete(url, [9, 8, 7], 4) == 4
 
 
-def _has_running_request(url: str) -> bool:
-    """Return whether vLLM's metrics say that a request runs."""
+def metric(url: str, name: str) -> float:
+    """Return the value of one of vLLM's metrics."""
     metrics = urllib.request.Request(f"{url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {KEY}"})
     with urllib.request.urlopen(metrics, timeout=30) as response:
         lines = response.read().decode().splitlines()
-    return any(line.startswith("vllm:num_requests_running") and not line.endswith(" 0.0") for line in lines)
+    (value,) = [line.split()[-1] for line in lines if line.startswith(f"{name}{{")]
+    return float(value)
 
 
 @pytest.mark.timeout(900)
