@@ -10,6 +10,7 @@ import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from longhaul.artifacts.paths import SERVE_KIND, JobId
 from longhaul.config.load_config import load_config, load_site
 from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.shipped_files import data_root
-from longhaul.jobs.job_kind import job_spec, jobs_of
+from longhaul.config.site_config import Site
+from longhaul.jobs.job_kind import job_spec, jobs_of, jobs_on_demand
 from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_job, render_run
 from longhaul.planning import Plan, build_plan
@@ -62,7 +64,7 @@ def rendered_headers(site: str) -> str:
     """Return the sbatch options and the commands of every job of a run at a shipped site; training takes two nodes."""
     plan = _plan_at(site)
     lines: list[str] = []
-    for job in jobs_of(plan):
+    for job in (*jobs_of(plan), *jobs_on_demand(plan)):
         lines += ["", f"== {job}", *_header(render_job(plan, job, WORKDIR))]
     if plan.paths.folder in render_run(plan, WORKDIR):
         lines += ["", "== controller", *_header(render_controller(plan, WORKDIR))]
@@ -72,12 +74,19 @@ def rendered_headers(site: str) -> str:
 def _plan_at(site: str) -> Plan:
     gpus = load_site(site, Path()).node.gpus
     stage = {"nodes": 2, "gpus_per_node": gpus, "global_batch_size": 2 * gpus}
-    jobs = {"export": "last", "evaluate": {"tasks": ["arc_easy"]}}
+    jobs = {"export": "last", "serve_check": {}, "evaluate": {"tasks": ["arc_easy"]}}
     config = {"site": site, "checks": {}, "scale_test.nodes": [1], "data_jobs.prose": 2}
     config |= {f"stages.0.{key}": value for key, value in {**stage, **jobs}.items()}
     lock = Lock({name: {"path": "/data", "files": [f"/data/{name}.jsonl"]} for name in ("prose", "chats")})
     with tempfile.TemporaryDirectory() as folder:
-        return build_plan(load_config(write_config(Path(folder), config)), lock)
+        loaded = load_config(write_config(Path(folder), config))
+        return build_plan(replace(loaded, site=_with_this_python(loaded.site)), lock)
+
+
+def _with_this_python(site: Site) -> Site:
+    """Return the site with a Python of its engine that exists: the plan of a check looks for one that is named by its path."""
+    python = (sys.executable,) if site.serving.python else ()
+    return site.model_copy(update={"serving": site.serving.model_copy(update={"python": python})})
 
 
 def rendered_server(case: str) -> str:

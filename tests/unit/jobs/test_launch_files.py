@@ -21,7 +21,7 @@ from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate, baseline_p
 from longhaul.config.load_config import load_site
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
-from longhaul.jobs.job_kind import job_spec, jobs_of, jobs_on_demand
+from longhaul.jobs.job_kind import job_kinds, job_spec, jobs_of, jobs_on_demand
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job, render_run, write_launch_files
 from longhaul.planning import Plan
@@ -76,6 +76,13 @@ CENTRES = sorted(name for name in SITES if not name.startswith("slurm-"))
 @pytest.mark.parametrize("site", SITES)
 def test_headers_at_every_shipped_site_equal_the_golden_file(site: str):
     assert rendered_headers(site) == (GOLDEN / "sites" / f"{site}.txt").read_text()
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_golden_file_of_a_site_has_every_kind_of_job(site: str):
+    jobs = re.findall(r"^== (\w+)", (GOLDEN / "sites" / f"{site}.txt").read_text(), flags=re.MULTILINE)
+    is_step_of_the_fabric_check = {"nccl_tests"}
+    assert set(jobs) - {"controller"} == set(job_kinds()) - is_step_of_the_fabric_check
 
 
 def test_the_page_of_centres_shows_rendered_options():
