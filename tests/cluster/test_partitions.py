@@ -103,12 +103,14 @@ def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: Pipe
     keys = ("Partition", "Account", "QOS", "Features", "NodeList", "NumCPUs", "MinMemoryNode", "TimeLimit", "Nice")
     found = {rule: tuple(job.get(key) for key in keys) for rule, job in jobs.items()}
     cpu = ("cores", "proj_cpu", "normal", "(null)", "n2", "3", "2500M", "02:00:00", "0")
+    few_cores = (*cpu[:5], "2", *cpu[6:])
     check = ("quick", "proj_gpu", "gpu_debug", "(null)", "n1", "2", "2000M", "00:20:00", "0")
     train = ("accelerated", "proj_gpu", "gpu_long", "gpu&h100", "n1", "2", "2000M", "00:05:00", "5")
-    cpu_rules, check_rules = ("tokenizer", "tokenize", "count_chats", "export"), ("environment", "fabric")
-    assert found == {"train": train, **dict.fromkeys(cpu_rules, cpu), **dict.fromkeys(check_rules, check)}
+    cpu_rules, check_rules = ("tokenizer", "tokenize", "export"), ("environment", "fabric")
+    shapes = {**dict.fromkeys(cpu_rules, cpu), **dict.fromkeys(check_rules, check)}
+    assert found == {"train": train, "count_chats": few_cores, **shapes}
     assert "gres/gpu=2" in jobs["train"]["TRES"]
-    assert not [rule for rule in (*cpu_rules, *check_rules) if "gpu" in jobs[rule]["TRES"]]
+    assert not [rule for rule in jobs if rule != "train" and "gpu" in jobs[rule]["TRES"]]
 
 
 def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnCluster, centre: VirtualCluster):
@@ -118,9 +120,10 @@ def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnClu
     for script in scripts:
         said = centre.run("sh", "-c", 'sbatch --test-only "$0" 2>&1', str(script), cwd=Path("/"))
         found[re.findall(r"using (\d+) processors on nodes (\w+) in partition (\w+)", said)[0]] += 1
-    cpu_jobs, checks, trainings, controller = 6, 2, 2, 1
+    on_all_cores, counts, checks, trainings, controller = 5, 1, 2, 2, 1
     assert found == {
-        ("3", "n2", "cores"): cpu_jobs,
+        ("3", "n2", "cores"): on_all_cores,
+        ("2", "n2", "cores"): counts,
         ("2", "n1", "quick"): checks,
         ("2", "n1", "accelerated"): trainings,
         ("1", "n2", "shared"): controller,

@@ -24,6 +24,8 @@ from longhaul.config.site_config import Site
 from longhaul.config.software_config import Accelerator
 from longhaul.jobs.job_kind import job_request, jobs_of
 from longhaul.planning.slurm_request import (
+    COUNT_CHATS,
+    LOAD_TOKENIZER,
     RESOURCE_KEYS,
     SlurmRequest,
     controller_request,
@@ -313,6 +315,50 @@ def test_cpu_job_gets_the_node_and_the_options_of_its_own_partition():
     assert cpu_request(site(GPU, CPU), 99) == replace(expected, minutes=99)
     header = expected.as_sbatch()
     assert not {"--constraint", "--reservation", "--exclusive", "--gres", "--gpus-per-node"} & set(header)
+
+
+def test_cpu_job_with_few_cores_asks_for_these_and_their_memory():
+    request = cpu_request(site(GPU, CPU), 500, COUNT_CHATS)
+    assert request == replace(cpu_request(site(GPU, CPU), 500), cpus_per_task=2, memory_mb=4000)
+    small = CPU.model_copy(update={"node": NodeShape(cpus=1, memory_mb=3000), "memory": "all"})
+    assert cpu_request(site(GPU, small), 9, COUNT_CHATS).as_sbatch().items() >= {
+        ("--cpus-per-task", "1"),
+        ("--mem", "3000"),
+    }
+
+
+def test_cpu_job_with_few_cores_gets_cores_for_its_memory_where_no_job_names_its_memory():
+    dense = CPU.model_copy(update={"node": NodeShape(cpus=48, memory_mb=90_000), "memory": "omit"})
+    request = cpu_request(site(GPU, dense), 9, LOAD_TOKENIZER)
+    assert (request.cpus_per_task, request.memory_mb) == (3, None), "4000 MiB at 1875 MiB per core"
+
+
+def test_cpu_job_with_few_cores_gets_a_whole_node_where_jobs_get_only_whole_nodes():
+    whole = CPU.model_copy(update={"exclusive": True})
+    assert cpu_request(site(GPU, whole), 9, COUNT_CHATS) == cpu_request(site(GPU, whole), 9)
+    for shares in (site(shared()), site(GPU)):
+        assert cpu_request(shares, 9, COUNT_CHATS) == cpu_request(shares, 9), "on a GPU partition a share, as others"
+
+
+def test_only_jobs_that_use_many_cores_ask_for_a_whole_cpu_node(tmp_path: Path):
+    mixture = {"datasets.both": {"kind": "text", "mixture": {"prose": 1}}, "stages.0.dataset": "both"}
+    config = {"site": "slurm-generic", **mixture, "data_jobs.prose": 2, "stages.0.export": "last"}
+    plan = plan_of(tmp_path, config)
+    requests = {job: job_request(plan, job) for job in jobs_of(plan)}
+    shapes = {
+        str(job): (request.cpus_per_task, request.memory_mb)
+        for job, request in requests.items()
+        if request.partition == "cpu"
+    }
+    few = {"tokenize-both": (1, 2000), "count_chats-chats": (2, 4000)}
+    encode = {f"encode-prose-{number}-of-2" for number in (1, 2)}
+    many = {"tokenizer", "index_sources-prose", *encode, "tokenize-prose", "tokenize-chats", "export-base"}
+    assert shapes == {**few, **dict.fromkeys(many, (64, 240_000))}
+
+
+def test_a_tokenizer_that_is_only_loaded_needs_one_core(tmp_path: Path):
+    plan = plan_of(tmp_path, {"site": "slurm-generic", "tokenizer": {"hub": {"id": "org/model"}}})
+    assert job_request(plan, JobId("tokenizer")) == cpu_request(plan.site, 120, LOAD_TOKENIZER)
 
 
 def test_cpu_job_without_a_partition_gets_the_share_of_one_gpu():

@@ -26,8 +26,10 @@ JobPlace = Literal["gpu", "cpu", "debug", "login"]
 class NodeShape(FrozenModel):
     """Hardware of one node that one job may use."""
 
-    cpus: HardwareCount = Field(description="Number of CPU cores that jobs may use.")
-    memory_mb: PositiveInt = Field(description="CPU memory that jobs may use, in MiB.")
+    cpus: HardwareCount = Field(
+        description="Number of CPU cores that one job may use. CPU jobs with few cores ask for fewer."
+    )
+    memory_mb: PositiveInt = Field(description="CPU memory that one job may use, in MiB.")
     gpus: Annotated[int, Field(ge=0, le=1000)] = Field(
         default=0,
         description="Number of GPUs; 0: training runs on the CPU. An AMD card with two dies counts as two GPUs.",

@@ -8,8 +8,9 @@ the same allocation. Every job uses one form: `mpi=""` makes the executor plugin
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from longhaul.config.partition_config import JobPlace, Partition
 from longhaul.config.site_config import Site
@@ -181,8 +182,19 @@ def _hidden_from_plugin(option: str) -> str:
     return name + equals + value.replace("-", "-''")
 
 
-_CONTROLLER_MB = 2000  # enough for Snakemake with the few dozen jobs of a run
-_ONE_MINUTE_MB = 1000
+class CpuJobNeeds(NamedTuple):
+    """What a CPU job uses, whatever the size of the data: cores, and MiB of memory."""
+
+    cores: int
+    memory_mb: int
+
+
+# The CPU jobs with few cores. All others use every core of a node: training a tokenizer, tokenizing, export.
+CONTROLLER = CpuJobNeeds(1, 2000)  # Snakemake with the few dozen jobs of a run
+SAY_WHY_NOT = CpuJobNeeds(1, 1000)  # a job that only reports why it cannot run
+LOAD_TOKENIZER = CpuJobNeeds(1, 4000)  # transformers takes 0.3 GB, large tokenizers and the test of a template the rest
+WRITE_MIXTURE = CpuJobNeeds(1, 2000)  # joins manifests
+COUNT_CHATS = CpuJobNeeds(2, 4000)  # hashes files in threads, then counts in one with 25 bytes for each conversation
 
 
 def gpu_request(site: Site, *, place: JobPlace, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:
@@ -193,16 +205,20 @@ def gpu_request(site: Site, *, place: JobPlace, nodes: int, tasks: int, gpus: in
     return _share_request(site.partition_for(place), nodes=nodes, tasks=tasks, gpus=gpus, minutes=minutes)
 
 
-def cpu_request(site: Site, minutes: int) -> SlurmRequest:
+def cpu_request(site: Site, minutes: int, needs: CpuJobNeeds | None = None) -> SlurmRequest:
     """Return the request of a job that trains nothing, on one node.
 
-    On a partition without GPUs it gets what the site file says of one node, on a GPU partition a share of one.
+    On a partition without GPUs it gets what it needs, on a GPU partition a share of a node. On this machine, and where jobs get
+    only whole nodes, it gets all that the site file says of one node.
+
+    needs: None: all cores and the memory of a node
     """
     partition = site.partition_for("cpu")
-    node = partition.node
-    if site.scheduler == "local" or not node.gpus:
-        return _request(partition, cpus=node.cpus, memory_mb=node.memory_mb, minutes=minutes)
-    return _one_gpu_request(partition, minutes)
+    if site.scheduler == "slurm" and partition.node.gpus:
+        return _one_gpu_request(partition, minutes)
+    if needs is None or partition.exclusive or site.scheduler == "local":
+        return _request(partition, cpus=partition.node.cpus, memory_mb=partition.node.memory_mb, minutes=minutes)
+    return _small_request(partition, needs, minutes)
 
 
 def controller_request(site: Site) -> SlurmRequest:
@@ -214,21 +230,26 @@ def controller_request(site: Site) -> SlurmRequest:
     minutes = partition.max_minutes or 1
     if partition.node.gpus:
         return _one_gpu_request(partition, minutes)
-    request = _request(partition, cpus=1, memory_mb=1, minutes=minutes)
-    return replace(request, memory_mb=_small_memory_mb(partition, _CONTROLLER_MB), exclusive=False)
+    return _small_request(partition, CONTROLLER, minutes)
 
 
 def one_minute_request(site: Site) -> SlurmRequest:
     """Return the smallest request for a job that only reports why it cannot run."""
     request = cpu_request(site, minutes=1)
-    if request.gpus_per_node:
-        return request
-    memory_mb = _small_memory_mb(site.partition_for("cpu"), _ONE_MINUTE_MB)
-    return replace(request, cpus_per_task=1, memory_mb=memory_mb, exclusive=False)
+    return request if request.gpus_per_node else _small_request(site.partition_for("cpu"), SAY_WHY_NOT, minutes=1)
 
 
-def _small_memory_mb(partition: Partition, limit: int) -> int | None:
-    return None if partition.memory == "omit" else min(limit, partition.node.memory_mb)
+def _small_request(partition: Partition, needs: CpuJobNeeds, minutes: int) -> SlurmRequest:
+    """Return a request of a few cores and their memory, never of a whole node.
+
+    Where no job names its memory, it follows from the cores: then they must be enough for the memory, too.
+    """
+    node = partition.node
+    cores, memory_mb = min(needs.cores, node.cpus), min(needs.memory_mb, node.memory_mb)
+    if partition.memory == "omit":
+        cores = max(cores, math.ceil(node.cpus * memory_mb / node.memory_mb))
+    request = _request(partition, cpus=cores, memory_mb=memory_mb, minutes=minutes)
+    return replace(request, memory_mb=None if partition.memory == "omit" else memory_mb, exclusive=False)
 
 
 def _one_gpu_request(partition: Partition, minutes: int) -> SlurmRequest:

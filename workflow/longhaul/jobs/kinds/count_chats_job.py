@@ -11,7 +11,7 @@ from longhaul.config.stage_config import Truncate
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
-from longhaul.planning.slurm_request import cpu_request
+from longhaul.planning.slurm_request import COUNT_CHATS, cpu_request
 
 
 class ChatStage(FrozenModel):
@@ -77,6 +77,6 @@ KIND = JobKind(
     entry_point="longhaul.data.sampling.count_chats:run",
     jobs=_jobs,
     build_spec=_build,
-    request=lambda plan, job: cpu_request(plan.site, plan.config.data_minutes),
+    request=lambda plan, job: cpu_request(plan.site, plan.config.data_minutes, COUNT_CHATS),
     wildcards=("dataset",),
 )

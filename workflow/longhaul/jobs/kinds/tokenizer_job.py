@@ -10,7 +10,7 @@ from longhaul.config.dataset_config import Dataset
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, model_config
-from longhaul.planning.slurm_request import cpu_request
+from longhaul.planning.slurm_request import LOAD_TOKENIZER, SlurmRequest, cpu_request
 
 
 class TokenizerSpec(JobSpec):
@@ -61,6 +61,11 @@ def _build(plan: Plan, job: JobId) -> TokenizerSpec:
     )
 
 
+def _request(plan: Plan, job: JobId) -> SlurmRequest:
+    needs = None if plan.config.tokenizer.train else LOAD_TOKENIZER
+    return cpu_request(plan.site, plan.config.data_minutes, needs)
+
+
 KIND = JobKind(
     name="tokenizer",
     order=3,
@@ -69,5 +74,5 @@ KIND = JobKind(
     entry_point="longhaul.data.tokenizers.build_tokenizer:run",
     jobs=lambda plan: [JobId("tokenizer")],
     build_spec=_build,
-    request=lambda plan, job: cpu_request(plan.site, plan.config.data_minutes),
+    request=_request,
 )
