@@ -189,7 +189,8 @@ class CpuJobNeeds(NamedTuple):
     memory_mb: int
 
 
-# The CPU jobs with few cores. All others use every core of a node: training a tokenizer, tokenizing, export.
+# The CPU jobs with few cores. The others ask for all cores of a node: tokenizing and export use them, and training a tokenizer
+# needs memory that grows with the words of the corpus.
 CONTROLLER = CpuJobNeeds(1, 2000)  # Snakemake with the few dozen jobs of a run
 SAY_WHY_NOT = CpuJobNeeds(1, 1000)  # a job that only reports why it cannot run
 LOAD_TOKENIZER = CpuJobNeeds(1, 4000)  # transformers takes 0.3 GB, large tokenizers and the test of a template the rest
