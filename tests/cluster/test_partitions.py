@@ -19,6 +19,7 @@ from pydantic import BaseModel
 from longhaul.config.load_config import load_site
 from longhaul.config.partition_config import JobPlace
 from longhaul.config.site_config import Site
+from tests.support.evaluation_task import TASK, write_task
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.pipeline_run import tiny_config
 from tests.support.pipeline_run_on_cluster import PipelineRunOnCluster
@@ -67,7 +68,7 @@ PARTITIONS: list[dict[str, Any]] = [
         "node": {"cpus": 1, "memory_mb": 500},
     },
 ]
-TARGETS = ("results/tiny/export/base.json", "results/tiny/data/chats.kept.json")
+TARGETS = (f"results/tiny/evaluation/base/trained/{TASK}.json", "results/tiny/data/chats.kept.json")
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,11 @@ def centre(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualCluster]
 
 @pytest.fixture(scope="module")
 def chain(centre: VirtualCluster, tmp_path_factory: pytest.TempPathFactory) -> PipelineRunOnCluster:
-    """A run whose first stage is trained and exported."""
-    config = tiny_config()
-    config["stages"][0]["steps"] = 4
-    chain = PipelineRunOnCluster(tmp_path_factory.mktemp("run"), config, centre, partitions=PARTITIONS)
+    """A run whose first stage is trained, exported and evaluated. The check of its server is rendered only."""
+    folder, config = tmp_path_factory.mktemp("run"), tiny_config()
+    evaluate = {"tasks": [TASK], "files": [str(write_task(folder))], "minutes": 10}
+    config["stages"][0].update(steps=4, evaluate=evaluate, serve_check={})
+    chain = PipelineRunOnCluster(folder, config, centre, partitions=PARTITIONS)
     chain.run(*TARGETS, timeout_s=350)
     return chain
 
@@ -106,11 +108,12 @@ def test_each_job_runs_on_the_partition_of_its_kind_with_its_options(chain: Pipe
     few_cores = (*cpu[:5], "2", *cpu[6:])
     check = ("quick", "proj_gpu", "gpu_debug", "(null)", "n1", "2", "2000M", "00:20:00", "0")
     train = ("accelerated", "proj_gpu", "gpu_long", "gpu&h100", "n1", "2", "2000M", "00:05:00", "5")
+    evaluate = (*train[:5], "1", "1000M", "00:10:00", "5")
     cpu_rules, check_rules = ("tokenizer", "tokenize", "export"), ("environment", "fabric")
     shapes = {**dict.fromkeys(cpu_rules, cpu), **dict.fromkeys(check_rules, check)}
-    assert found == {"train": train, "count_chats": few_cores, **shapes}
-    assert "gres/gpu=2" in jobs["train"]["TRES"]
-    assert not [rule for rule in jobs if rule != "train" and "gpu" in jobs[rule]["TRES"]]
+    assert found == {"train": train, "evaluate": evaluate, "count_chats": few_cores, **shapes}
+    assert {rule for rule in jobs if "gres/gpu=2" in jobs[rule]["TRES"]} == {"train", "evaluate"}
+    assert not [rule for rule in shapes if "gpu" in jobs[rule]["TRES"]]
 
 
 def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnCluster, centre: VirtualCluster):
@@ -120,12 +123,13 @@ def test_sbatch_accepts_the_rendered_header_of_every_job(chain: PipelineRunOnClu
     for script in scripts:
         said = centre.run("sh", "-c", 'sbatch --test-only "$0" 2>&1', str(script), cwd=Path("/"))
         found[re.findall(r"using (\d+) processors on nodes (\w+) in partition (\w+)", said)[0]] += 1
-    on_all_cores, counts, checks, trainings, controller = 5, 1, 2, 2, 1
+    on_all_cores, counts, checks, trainings, evaluation_and_check_of_a_server, controller = 5, 1, 2, 2, 2, 1
     assert found == {
         ("3", "n2", "cores"): on_all_cores,
         ("2", "n2", "cores"): counts,
         ("2", "n1", "quick"): checks,
         ("2", "n1", "accelerated"): trainings,
+        ("1", "n1", "accelerated"): evaluation_and_check_of_a_server,
         ("1", "n2", "shared"): controller,
     }
 

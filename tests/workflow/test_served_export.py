@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import shutil
 import sys
@@ -11,26 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.serve_check_result import ServeCheckResult
 from tests.support import bigram_engine
+from tests.support.evaluation_task import QUESTIONS, TASK, write_task
 from tests.support.pipeline_run import PipelineRun, local_site, write_site
 
 SERVING = {"engine": "vllm", "python": [sys.executable, bigram_engine.__file__], "environment": {"SERVE_EXPORT": "1"}}
-QUESTIONS = [{"question": f"What follows {n}?", "choices": [f"After {n}", "the"], "label": 0} for n in range(6)]
-TASK = {
-    "task": "follows",
-    "dataset_path": "json",
-    "dataset_kwargs": {"data_files": {"test": "questions.jsonl"}},
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": "{{choices}}",
-    "doc_to_target": "label",
-    "metric_list": [{"metric": "acc"}],
-}
 
 
 @pytest.fixture
@@ -47,11 +34,10 @@ def run(finished: PipelineRun, tmp_path: Path) -> Iterator[PipelineRun]:
 def test_rules_check_and_evaluate_a_served_export(run: PipelineRun):
     """The engine computes with the weights of the export."""
     write_site(run.folder, {**local_site(), "serving": SERVING})
-    (run.folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
-    (run.folder / "follows.yaml").write_text(yaml.safe_dump(TASK))
+    task = write_task(run.folder)
     run.config["stages"][0].update(
         serve_check={"streams": [1, 4], "answer_tokens": 4},
-        evaluate={"tasks": ["follows"], "files": ["follows.yaml"], "engine": "server"},
+        evaluate={"tasks": [TASK], "files": [task.name], "engine": "server"},
     )
     run.save()
     assert run.would_run() == {"render": 1, "serve_check": 1, "evaluate": 1, "report": 1}
@@ -61,7 +47,7 @@ def test_rules_check_and_evaluate_a_served_export(run: PipelineRun):
     largest, bound = checked.agreement["largest_difference"], checked.agreement["largest_bound"]
     assert largest is not None and bound is not None and largest <= bound and checked.agreement["compared"] > 50
     assert [step["streams"] for step in checked.load] == [1, 4] and checked.refuses_other_keys
-    evaluated = EvaluationResult.read(run.results / "evaluation/base/trained/follows.json")
+    evaluated = EvaluationResult.read(run.results / "evaluation/base/trained" / f"{TASK}.json")
     assert evaluated.settings["engine"] == "vllm 0.0" and evaluated.scores[0]["documents"] == len(QUESTIONS)
     section = re.search(r'<section id="serving">.*?</section>', (run.results / "report.html").read_text(), re.DOTALL)
     assert section and "<h3>base</h3>" in section[0] and checked.listens_at[0] in section[0]

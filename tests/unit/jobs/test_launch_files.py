@@ -85,6 +85,21 @@ def test_the_golden_file_of_a_site_has_every_kind_of_job(site: str):
     assert set(jobs) - {"controller"} == set(job_kinds()) - is_step_of_the_fabric_check
 
 
+@pytest.mark.parametrize("site", SITES)
+def test_evaluations_and_servers_ask_for_what_a_training_on_one_gpu_asks_for(site: str):
+    """The same partition, account, QOS, constraint, cores, memory and GPU; only the time is their own."""
+    train, *others = (
+        options_of(site, job) for job in ("train-chat", "evaluate-base", "serve_check-base", "serve-base")
+    )
+    assert len(train) > 5 and others == [train] * 3
+
+
+def options_of(site: str, job: str) -> set[str]:
+    """Return the sbatch options of a job, without those that have the job's name or time."""
+    header = (GOLDEN / "sites" / f"{site}.txt").read_text().split(f"\n== {job}")[1].split("\n== ")[0]
+    return set(re.findall(r"^#SBATCH (?!--job-name|--time|--output)(\S+)", header, flags=re.MULTILINE))
+
+
 def test_the_page_of_centres_shows_rendered_options():
     """Column 2 of docs/sites.md is the training job's; options in column 3 belong to other jobs of the same site."""
     assert sorted(sections_of_centres()) == CENTRES
