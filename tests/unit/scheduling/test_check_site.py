@@ -9,7 +9,9 @@ import pytest
 from longhaul.cli import main
 from longhaul.config.init_files import names_in
 from longhaul.config.load_config import SITES, load_site
+from longhaul.config.site_serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
+from longhaul.jobs.job_kind import job_kinds
 from longhaul.scheduling.check_site import check_run, check_site, example_plan, print_answers
 from tests.support.bad_input import refused_message
 from tests.support.small_configs import LOCAL, SITE, plan_of, write_config
@@ -76,9 +78,10 @@ def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypat
     site = plan_of(tmp_path, None, {"partitions": [gpu, CORES]}).site
     found = {answer.jobs: answer for answer in check_site(site)}
     kinds = {name.strip() for jobs in found for name in jobs.split(",")}
-    assert kinds >= {"environment", "fabric", "tokenizer", "tokenize", "train", "export", "controller"}
+    asks_as_serve, is_step_of_the_fabric_check = {"serve_check"}, {"nccl_tests"}
+    assert kinds >= {"controller", *job_kinds()} - asks_as_serve - is_step_of_the_fabric_check
     assert {jobs for jobs, answer in found.items() if not answer.is_accepted} == {
-        "tokenizer, tokenize, export",
+        "tokenizer, index_sources, encode, tokenize, export",
         "count_chats",
         "controller",
     }
@@ -88,9 +91,11 @@ def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypat
     assert (largest.nodes, largest.gpus_per_node, largest.minutes) == (16, 8, 1440)
 
 
+@pytest.mark.parametrize("engine", ENGINE_PACKAGES)
 @pytest.mark.parametrize("name", names_in(SITES))
-def test_every_shipped_site_has_an_example_plan(name: str, tmp_path: Path):
-    plan = example_plan(load_site(name, tmp_path))
+def test_every_shipped_site_has_an_example_plan(name: str, engine: str, tmp_path: Path):
+    site = load_site(name, tmp_path)
+    plan = example_plan(site.model_copy(update={"serving": site.serving.model_copy(update={"engine": engine})}))
     assert all(stage.stage.gpus_per_node in (2, plan.site.node.gpus) for stage in plan.stages)
 
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from longhaul.artifacts.paths import JobId
 from longhaul.config.load_config import LoadedConfig, load_config
+from longhaul.config.serve_config import Serve
 from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Parallel, Stage
@@ -67,7 +68,10 @@ def check_site(site: Site) -> list[SlurmAnswer]:
 
 
 def example_plan(site: Site) -> Plan:
-    """Return the plan of the demo at a site, over two nodes where it has them. It has every kind of job."""
+    """Return the plan of the demo at a site, over two nodes where it has them.
+
+    It has every kind of job but serve_check, which asks for what `serve` asks for, and looks for the engine on this machine.
+    """
     partition = site.partition_for("gpu")
     nodes, ranks = min(2, partition.max_nodes), site.node.gpus or min(2, site.node.cpus)
     changes = {
@@ -79,13 +83,19 @@ def example_plan(site: Site) -> Plan:
         "minutes": min(_EXAMPLE_MINUTES, partition.max_minutes or _EXAMPLE_MINUTES),
     }
     demo = load_config(data_root() / "config" / "config.yaml")
-    stages: tuple[Stage, ...] = tuple(stage.model_copy(update=changes) for stage in demo.config.stages)
-    checks = demo.config.checks.model_copy(update={"nodes": None})
-    return build_plan(
-        LoadedConfig(
-            demo.config.model_copy(update={"stages": stages, "checks": checks}), site, demo.path, demo.site_path
-        )
+    served = {"serve": Serve()}
+    stages: tuple[Stage, ...] = tuple(
+        stage.model_copy(update=changes | (served if stage.export != "none" else {})) for stage in demo.config.stages
     )
+    config = demo.config.model_copy(
+        update={
+            "stages": stages,
+            "checks": demo.config.checks.model_copy(update={"nodes": None}),
+            "data_jobs": dict.fromkeys(demo.config.datasets, 2),
+            "scale_test": demo.config.scale_test.model_copy(update={"nodes": (1,)}),
+        }
+    )
+    return build_plan(LoadedConfig(config, site, demo.path, demo.site_path))
 
 
 def _require_slurm(site: Site) -> None:
