@@ -40,6 +40,7 @@ def test_mistake_in_config_or_site_is_reported(
     message = refused_message(capsys, "plan", str(path))
     assert [text for text in expected if text not in message] == [], message
     assert "stages is [{" not in message, "a list with an invalid item must not also be reported as too short"
+    assert "expected: match pattern" not in message, "users do not read regular expressions"
     first_keys = re.findall(rf"{re.escape(str(tmp_path))}/(?:run|site)\.yaml: (\w*)", message)
     assert {*first_keys} <= KEYS | {*config, *site}, "a line must begin with the file and the key"
     assert files_below(tmp_path) == before

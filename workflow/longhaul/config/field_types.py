@@ -16,6 +16,18 @@ SINGLE_LINE_PATTERN = r"^[^\x00-\x1f\x7f]+$"
 TEXT_PATTERN = r"^[^\x00-\x08\x0b-\x1f\x7f]+$"
 TOOLKIT_VERSION_PATTERN = r"^[0-9]{1,2}\.[0-9]{1,2}$"
 SLURM_WORD_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9_.,:@%/+=-]*$"
+_CONSTRAINT_PATTERN = r"^[A-Za-z0-9_\[(][A-Za-z0-9_.,:@%/+=\[\]&|*()-]*$"
+_SRUN_OPTION_PATTERN = r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$"
+# The Slurm plugin passes options of sbatch to a shell, which would expand brackets to file names.
+_SBATCH_OPTION_PATTERN = r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+-]+)?$"
+_BIND_PATTERN = r"^[a-z][A-Za-z0-9_:,x*-]*$"
+# Image names contain # and ://.
+_COMMAND_OPTION_PATTERN = r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]+)?$"
+_VARIABLE_PATTERN = r"^[A-Z_][A-Z0-9_]*$"
+_LINE_PATTERN = r"^[^\x00-\x1f\x7f]*$"
+HOST_SUFFIX_PATTERN = r"^[A-Za-z0-9-]{1,16}$"
+HUB_REPOSITORY_PATTERN = r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$"
+_LONG_OPTION = "--name or --name=value, with letters, digits and {signs} in the value; write --core-spec=0, not -S 0"
 # Error messages show these descriptions in place of the regular expressions.
 PATTERN_DESCRIPTIONS = {
     NAME_PATTERN: "letters, digits, _ and -, at most 64 characters, starting with a letter or digit",
@@ -24,6 +36,15 @@ PATTERN_DESCRIPTIONS = {
     TEXT_PATTERN: "text that is not empty, without control characters other than line breaks and tabs",
     TOOLKIT_VERSION_PATTERN: "a version with two numbers, for example 13.0, in quotes",
     SLURM_WORD_PATTERN: "one word of letters, digits and _.,:@%/+=-, starting with a letter, a digit or _",
+    _CONSTRAINT_PATTERN: "features of nodes, without spaces and quotes, joined by & or |, for example gpu&h100",
+    _SRUN_OPTION_PATTERN: _LONG_OPTION.format(signs="_.,:@%/+[]-"),
+    _SBATCH_OPTION_PATTERN: _LONG_OPTION.format(signs="_.,:@%/+-"),
+    _BIND_PATTERN: "a value of srun without spaces and brackets, for example none, cores or map_cpu:0,8,16,24",
+    _VARIABLE_PATTERN: "capital letters, digits and _, not starting with a digit",
+    _LINE_PATTERN: "one line of text, without control characters",
+    HOST_SUFFIX_PATTERN: "up to 16 letters, digits and -",
+    HUB_REPOSITORY_PATTERN: "a name or owner/name, as on the Hub",
+    _COMMAND_OPTION_PATTERN: "--name or --name=value in one item, not a short option",
 }
 
 # A Name becomes a folder name, a Snakemake wildcard and a Slurm job name.
@@ -31,25 +52,19 @@ Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 # A SlurmWord becomes an argument of sbatch or srun. Snakemake's Slurm plugin passes some of them to a shell without quotes.
 # The plugin quotes a constraint, so only a constraint may contain operators. No value starts with "-", like an option.
 SlurmWord = Annotated[str, StringConstraints(pattern=SLURM_WORD_PATTERN, max_length=256)]
-SlurmConstraint = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9_\[(][A-Za-z0-9_.,:@%/+=\[\]&|*()-]*$", max_length=256)
-]
-SlurmOption = Annotated[
-    str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+\[\]-]+)?$", max_length=1024)
-]
-# The Slurm plugin passes options of sbatch to a shell, which would expand brackets to file names.
-SbatchOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[A-Za-z0-9_.,:@%/+-]+)?$", max_length=1024)]
+SlurmConstraint = Annotated[str, StringConstraints(pattern=_CONSTRAINT_PATTERN, max_length=256)]
+SlurmOption = Annotated[str, StringConstraints(pattern=_SRUN_OPTION_PATTERN, max_length=1024)]
+SbatchOption = Annotated[str, StringConstraints(pattern=_SBATCH_OPTION_PATTERN, max_length=1024)]
 # A CpuBind or GpuBind becomes the value of srun --cpu-bind or --gpu-bind. No shell reads it.
-BindValue = Annotated[str, StringConstraints(pattern=r"^[a-z][A-Za-z0-9_:,x*-]*$", max_length=4096)]
-# An option in a list of words that no shell reads. Image names contain # and ://.
-CommandOption = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z-]*(=[^\x00-\x1f\x7f]+)?$", max_length=4096)]
-EnvironmentVariableName = Annotated[str, StringConstraints(pattern=r"^[A-Z_][A-Z0-9_]*$")]
+BindValue = Annotated[str, StringConstraints(pattern=_BIND_PATTERN, max_length=4096)]
+# An option in a list of words that no shell reads.
+CommandOption = Annotated[str, StringConstraints(pattern=_COMMAND_OPTION_PATTERN, max_length=4096)]
+EnvironmentVariableName = Annotated[str, StringConstraints(pattern=_VARIABLE_PATTERN)]
 ToolkitVersion = Annotated[str, StringConstraints(pattern=TOOLKIT_VERSION_PATTERN)]
 SingleLine = Annotated[str, StringConstraints(pattern=SINGLE_LINE_PATTERN, max_length=4096)]
 # A text never becomes a path or an argument: it may hold line breaks.
 Text = Annotated[str, StringConstraints(pattern=TEXT_PATTERN, max_length=4096)]
-SingleLineOrEmpty = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f\x7f]*$", max_length=4096)]
-HUB_REPOSITORY_PATTERN = r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$"
+SingleLineOrEmpty = Annotated[str, StringConstraints(pattern=_LINE_PATTERN, max_length=4096)]
 HubRepositoryId = Annotated[str, StringConstraints(pattern=HUB_REPOSITORY_PATTERN, max_length=128)]
 
 # Larger than any machine or training needs. Without a limit, a typing error makes the plan's arithmetic run without end.

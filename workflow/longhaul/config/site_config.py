@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from longhaul.config.field_types import (
+    HOST_SUFFIX_PATTERN,
     EnvironmentVariableName,
     FrozenModel,
     Name,
@@ -79,7 +80,7 @@ class FabricLimits(FrozenModel):
 class MasterAddress(FrozenModel):
     """The address under which all ranks reach rank 0; without a key it is the host name of the first node."""
 
-    suffix: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,16}$")] | None = Field(
+    suffix: Annotated[str, StringConstraints(pattern=HOST_SUFFIX_PATTERN)] | None = Field(
         default=None, description="Text after the host name, for example i for the InfiniBand names of JSC."
     )
     interface: SlurmWord | None = Field(
