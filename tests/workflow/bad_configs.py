@@ -966,7 +966,13 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         )
         for key, value in (("node_minimums.nvlinks", 4), ("interconnect.nvlink_multicast", "off"))
     ),
-    ("unknown accelerator", {}, {"accelerator": "tpu"}, ("accelerator is 'tpu'",)),
+    ("unknown accelerator", {}, {"accelerator": "tpu"}, ("accelerator: 'tpu' is no build of torch; write {cuda: ",)),
+    (
+        "CUDA version that YAML reads as a number",
+        {},
+        {"accelerator": {"cuda": 13.0}},
+        ("accelerator.cuda is 13.0", "in quotes"),
+    ),
     (
         "two accelerators",
         {},
@@ -1118,6 +1124,12 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ),
     # The Slurm plugin passes these two to a shell without quotes.
     ("shell command in a reservation", {}, {"partitions.0.reservation": "a&reboot"}, ("reservation is 'a&reboot'",)),
+    (
+        "GPU type with a number",
+        {},
+        {"partitions.0.gpu_type": "a100:4"},
+        ("gpu_type a100:4 contains more than the type",),
+    ),
     ("shell command in a GPU type", {}, {"partitions.0.gpu_type": "a100|reboot"}, ("gpu_type is 'a100|reboot'",)),
     (
         "relative path of an environment",

@@ -159,6 +159,10 @@ class Partition(FrozenModel):
         for key, value in (("gpu_type", self.gpu_type), ("gpu_bind", self.gpu_bind)):
             if value and not self.node.gpus:
                 raise ValueError(f"{key} {value} has no effect with node.gpus 0; set node.gpus, or remove {key}")
+        if ":" in (self.gpu_type or ""):
+            raise ValueError(
+                f"gpu_type {self.gpu_type} contains more than the type; write the word between the colons of gpu:a100:4 alone"
+            )
         if self.gpu_type and self.gpu_request == "none":
             raise ValueError(
                 f"gpu_type {self.gpu_type} has no effect with gpu_request none; remove it, or set gpu_request to gres"

@@ -37,6 +37,8 @@ def build_name(cuda: str | None, rocm: str | None) -> str:
 
 def _section_of(value: object) -> object:
     """Return the section that a site file's value stands for: `cpu` is the section without a toolkit."""
+    if isinstance(value, str) and value != "cpu":
+        raise ValueError(f'{value!r:.40} is no build of torch; write {{cuda: "13.0"}}, {{rocm: "6.4"}} or cpu')
     return {} if value == "cpu" else value
 
 

@@ -80,14 +80,7 @@ def _problem_text(value: object, model: type[BaseModel], problem: ErrorDetails) 
         return _unknown_key_text(where, model, location)
     if kind == "missing":
         return f"{where} is missing"
-    if kind == "tuple_type":
-        return (
-            f"{where} is {shortened(problem['input'])}; expected: a list, whose items begin with `- ` or stand in [ ]"
-        )
-    context = problem.get("ctx", {})
-    if kind == "string_pattern_mismatch" and (description := PATTERN_DESCRIPTIONS.get(context["pattern"])):
-        return f"{where} is {shortened(problem['input'])}; expected: {description}"
-    text = re.sub(
+    text = _expected_form(problem) or re.sub(
         r"^(Value error, |(Input|String|Tuple|Dictionary) should (be )?)|(?<= item) after validation",
         "",
         problem["msg"],
@@ -97,6 +90,18 @@ def _problem_text(value: object, model: type[BaseModel], problem: ErrorDetails) 
     if kind != "value_error":
         return f"{where} is {shortened(problem['input'])}; expected: {text}"
     return ": ".join(filter(None, (where, text)))  # without a location, the text begins with the key
+
+
+def _expected_form(problem: ErrorDetails) -> str:
+    """Return what form a value must have, where pydantic's own words are those of programmers; else nothing."""
+    match problem["type"]:
+        case "tuple_type":
+            return "a list, whose items begin with `- ` or stand in [ ]"
+        case "string_type" if isinstance(problem["input"], (int, float)):
+            return "text; put the value in quotes"
+        case "string_pattern_mismatch":
+            return PATTERN_DESCRIPTIONS.get(problem.get("ctx", {})["pattern"], "")
+    return ""
 
 
 def _unknown_key_text(where: str, model: type[BaseModel], location: Sequence[int | str]) -> str:
