@@ -58,6 +58,15 @@ def test_verb_does_not_promise_to_submit_what_slurm_may_accept_later(tmp_path: P
     assert {answer.remedy for answer in found} == {"Slurm may accept it later; the same command asks again"}
 
 
+def test_a_machine_of_no_cluster_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said = (
+        "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source"
+    )
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", f"#!/bin/sh\necho '{said}' >&2; exit 1\n"))
+    with pytest.raises(UserError, match=r"finds no cluster from this machine.*\s+remedy: call this on a login node"):
+        check_run(plan_of(tmp_path, None, {"partitions": SITE["partitions"]}))
+
+
 def test_the_request_of_a_planned_server_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
     changes = {"stages.0.export": "last", "stages.1.export": "last", "stages.1.serve": {"nodes": 3, "gpus_per_node": 8}}

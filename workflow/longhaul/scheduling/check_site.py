@@ -25,6 +25,8 @@ from longhaul.scheduling.slurm_client import SlurmCommandError, accounts_are_che
 CONTROLLER = "controller"
 """Name of the optional job in which the main process may run."""
 _EXAMPLE_MINUTES = 30
+_NO_CLUSTER = "Could not establish a configuration source"
+"""What Slurm's commands say on a machine that belongs to no cluster."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,10 @@ def _ask(jobs: str, request: SlurmRequest) -> SlurmAnswer:
     try:
         return SlurmAnswer(jobs, request, try_submission(request.options()))
     except SlurmCommandError as error:
+        if _NO_CLUSTER in str(error):
+            raise UserError(
+                f"sbatch finds no cluster from this machine: {_NO_CLUSTER}", "call this on a login node"
+            ) from None
         refusal = read_refusal(str(error), ASK_AGAIN)
         return SlurmAnswer(jobs, request, refusal.reason, refusal.remedy)
 
