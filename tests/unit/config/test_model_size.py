@@ -129,7 +129,10 @@ def test_flops_of_latent_attention_equal_a_hand_count():
     sparse = 64 * 8 + (2 + 1) * 3 * 64 * 32  # router, two routed experts and the shared one
     active = 400 * 64 + 64 + 3 * (attention + 2 * 64) + 3 * 64 * 96 + 2 * sparse
     expected = 6 * active * 10 + 6 * 3 * 4 * (16 + 8 + 16) * 55
-    assert model_size(hugging_face_config("deepseek_v3", MODELS["deepseek_v3"])).training_flops(10, 55) == expected
+    sizes = model_size(hugging_face_config("deepseek_v3", MODELS["deepseek_v3"]))
+    assert sizes.training_flops(10, 55) == expected
+    # The compressions of queries, of keys and values, and its rotary part; outputs of two experts.
+    assert sizes.unsplit_matmul_results == (24 + 16 + 8) + 2 * 64
 
 
 def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():
@@ -139,7 +142,7 @@ def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():
     assert (sizes.largest_layer, sizes.unsplit_per_layer, sizes.is_sparse) == (632, 16 + 32, (True, True))
     # attention 24, norm outputs and the inputs and outputs of two experts (2 + 4)·8, two experts of width 4
     assert (sizes.saved_activations, sizes.unsplit_activations) == (24 + 4 * 8, 6 * 8)
-    assert (sizes.matmul_results, sizes.mlp_width) == (24 + 2 * 8 + 2 * 8, 8)
+    assert (sizes.matmul_results, sizes.unsplit_matmul_results, sizes.mlp_width) == (24 + 2 * 8, 2 * 8, 8)
     assert sizes.normed_elements == 2 * 8 + 3 * 4
 
 

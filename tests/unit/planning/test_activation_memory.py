@@ -56,6 +56,14 @@ def test_activations_equal_hand_computed_bytes(changes: dict[str, Any], gpu: int
     assert activation_bytes(tiny_stage(**changes), tiny_size()) == (gpu, host)
 
 
+def test_tensor_parallelism_does_not_split_the_outputs_of_experts():
+    """Each of two ranks keeps half of what attention and the widths of experts give, and all rows of two experts."""
+    divided = tiny_stage(activation_checkpointing="selective", parallel=Parallel(tensor=2))
+    whole_layer = ((24 + 3 * 8) // 2 + 6 * 8) * TOKENS * 2 + (16 + 3 * 4) * TOKENS * 2
+    kept = 2 * INPUT + ((24 + 2 * 8) // 2 + 2 * 8) * TOKENS * 2
+    assert activation_bytes(divided, model_size(TINY_QWEN3_MOE)) == (2 * kept + whole_layer, 0)
+
+
 @pytest.mark.parametrize(("layers", "pipeline", "held"), [(2, 2, 2), (3, 2, 4), (4, 2, 4), (5, 4, 8)])
 def test_first_pipeline_rank_holds_a_micro_batch_for_each_pipeline_rank(layers: int, pipeline: int, held: int):
     stage = tiny_stage(parallel=Parallel(pipeline=pipeline))

@@ -44,11 +44,8 @@ def unsplit_activations(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
 
     They are 2 norm outputs, MLA's compressions, and in a sparse layer the input and the output of each selected expert.
     """
-    latents = 0
-    if has_latent_attention(c):
-        latents = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
     hidden_copies = 2 + (2 * c["num_experts_per_tok"] if any(sparse) else 0)
-    return hidden_copies * c["hidden_size"] + latents
+    return hidden_copies * c["hidden_size"] + _latents(c)
 
 
 def repeated_key_values(c: HuggingFaceConfig) -> int:
@@ -68,20 +65,33 @@ def normed_elements(c: HuggingFaceConfig) -> int:
 
 
 def matmul_results(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
-    """Return the elements that matmuls and attention produce, without the two results that are added to the residual stream.
+    """Return the elements that matmuls and attention produce and that tensor parallelism splits.
 
-    These are q, k, v, MLA's compressions, the attention output, gate and up. In a sparse layer they include the outputs of the
-    selected experts, which are weighted before they are added.
+    These are q, k, v, the attention output, gate and up.
     """
     heads = c["num_attention_heads"]
     if has_latent_attention(c):
         qk = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
-        ranks = (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
-        attention = ranks + heads * (qk + c["qk_nope_head_dim"] + 2 * c["v_head_dim"])
+        attention = heads * (qk + c["qk_nope_head_dim"] + 2 * c["v_head_dim"])
     else:
         attention = 2 * (heads + c["num_key_value_heads"]) * head_dim(c)
-    experts = c["num_experts_per_tok"] * c["hidden_size"] if any(sparse) else 0
-    return attention + 2 * widest_mlp(c, sparse) + experts
+    return attention + 2 * widest_mlp(c, sparse)
+
+
+def unsplit_matmul_results(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:
+    """Return the elements that matmuls produce on every tensor rank, without the two that are added to the residual stream.
+
+    They are MLA's compressions, and in a sparse layer the outputs of the selected experts, which are weighted before they are
+    added.
+    """
+    return _latents(c) + (c["num_experts_per_tok"] * c["hidden_size"] if any(sparse) else 0)
+
+
+def _latents(c: HuggingFaceConfig) -> int:
+    """Return the elements of MLA's compressions of queries, keys and values."""
+    if not has_latent_attention(c):
+        return 0
+    return (c.get("q_lora_rank") or 0) + c["kv_lora_rank"] + c["qk_rope_head_dim"]
 
 
 def widest_mlp(c: HuggingFaceConfig, sparse: Sequence[bool]) -> int:

@@ -35,7 +35,7 @@ class ModelSize:
         unsplit_activations: the same on every tensor rank, except those inside norms
         repeated_key_values: saved in addition if keys and values are repeated for each query head
         normed_elements:     pass through norms
-        matmul_results:      produced by matmuls and attention
+        matmul_results:      produced by matmuls and attention; unsplit_matmul_results on every tensor rank
         mlp_width:           inner MLP width that a token uses in a layer, summed over its experts
     """
 
@@ -64,6 +64,7 @@ class ModelSize:
     repeated_key_values: int
     normed_elements: int
     matmul_results: int
+    unsplit_matmul_results: int
     mlp_width: int
 
     def flops_per_token(self, sequence_length: int) -> float:
@@ -124,5 +125,6 @@ def model_size(c: HuggingFaceConfig) -> ModelSize:
         repeated_key_values=activation_counts.repeated_key_values(c),
         normed_elements=activation_counts.normed_elements(c),
         matmul_results=activation_counts.matmul_results(c, sparse),
+        unsplit_matmul_results=activation_counts.unsplit_matmul_results(c, sparse),
         mlp_width=activation_counts.widest_mlp(c, sparse),
     )

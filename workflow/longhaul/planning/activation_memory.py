@@ -28,7 +28,8 @@ def activation_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> tu
         return 2 * layer_input + whole_layer, layers * layer_input
     # The two results that are added to the residual stream. A compiled layer needs the second one only in the forward pass.
     added_results = 1 if _is_one_graph(stage, sizes, on_gpus) else 2
-    matmul_results = added_results * layer_input + sizes.matmul_results // parallel.tensor * tokens * width
+    elements = sizes.matmul_results // parallel.tensor + sizes.unsplit_matmul_results
+    matmul_results = added_results * layer_input + elements * tokens * width
     kept = layer_input + (matmul_results if stage.activation_checkpointing == "selective" else 0)
     return layers * kept + whole_layer, 0
 
