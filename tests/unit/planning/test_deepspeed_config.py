@@ -145,5 +145,7 @@ def test_a_single_data_parallel_rank_copies_no_gradients_into_buckets(tmp_path: 
     no_buckets = {"overlap_comm": False, "contiguous_gradients": False}
     assert sections(tmp_path, {})["zero_optimization"] == {"stage": 1, **no_buckets}
     assert sections(tmp_path, {"gpus_per_node": 2})["zero_optimization"]["overlap_comm"] is True
+    halves = sections(tmp_path, {"gpus_per_node": 2, "parallel": {"sequence": 2}})["zero_optimization"]
+    assert halves == {"stage": 1, "overlap_comm": True, "contiguous_gradients": True}, "each has half of the tokens"
     whole = sections(tmp_path, {"zero": {"stage": 3}})["zero_optimization"]
     assert whole["contiguous_gradients"] is True, "ZeRO 3 takes gradients out of the parameters in any case"

@@ -83,7 +83,8 @@ def _zero(plan: StagePlan) -> dict[str, Any]:
     section: dict[str, Any] = {"stage": zero.stage}
     if zero.stage == 0:
         return section
-    reduces = reduces_gradients(plan.stage, plan.data_parallel)  # else, copies into buckets would only cost time
+    ranks = plan.data_parallel * plan.stage.parallel.sequence  # all have gradients of other tokens
+    reduces = reduces_gradients(plan.stage, ranks)  # else, copies into buckets would only cost time
     # PowerSGD compresses whole gradient matrices, which exist only after the backward pass.
     overlap_comm = reduces and zero.overlap_comm and plan.stage.communication.powersgd is None
     section |= {"overlap_comm": overlap_comm, "contiguous_gradients": reduces and zero.contiguous_gradients}

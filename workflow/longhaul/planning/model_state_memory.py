@@ -140,7 +140,10 @@ def gathered_weight_bytes(stage: Stage, sizes: ModelSize, ranks: int, parameters
 
 
 def reduces_gradients(stage: Stage, ranks: int) -> bool:
-    """Return whether ZeRO puts gradients into buckets. A single data-parallel rank reduces nothing before ZeRO 3."""
+    """Return whether ZeRO puts gradients into buckets. A single data-parallel rank reduces nothing before ZeRO 3.
+
+    ranks: data-parallel ranks, and the sequence-parallel ranks of each
+    """
     return stage.zero.stage > 0 and (ranks > 1 or stage.zero.stage == 3)
 
 
