@@ -458,6 +458,32 @@ def test_time_limit_of_the_controller_job_is_a_note_without_the_other_lines_of_i
     assert finding.evidence.startswith(f"{run.paths.controller_log}:3: ")
 
 
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("*** JOB 12 ON n3 CANCELLED AT 2026-11-28T10:00:00 DUE TO TIME LIMIT ***", "the job reached its time limit"),
+        (
+            "Detected 1 oom_kill event in StepId=12.batch. Some of the step tasks have been OOM Killed.",
+            "the processes of a node used more memory than the job asked for, and the kernel killed one of them",
+        ),
+    ],
+)
+def test_end_of_the_controller_job_is_named_below_a_repeated_log_with_the_same_problem(
+    tmp_path: Path, line: str, cause: str
+) -> None:
+    """Snakemake repeats the log of a failed job (show-failed-logs), in which the same line is about a step of that job."""
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.paths.logs.mkdir()
+    repeated = line.replace("JOB 12", "STEP 7.0").replace("12.batch", "7.0")
+    lines = (f"0: slurmstepd: error: {repeated}\n", f"slurmstepd: error: {line}\n")
+    run.paths.controller_log.write_text("".join(lines))
+    (finding,) = found(run)
+    assert (finding.is_note, finding.count) == (True, 1)
+    assert finding.cause == f"its job, controller.sbatch, has ended: {cause}"
+    assert finding.evidence.startswith(f"{run.paths.controller_log}:2: ")
+
+
 def test_main_process_that_was_stopped_before_its_first_job_is_named(tmp_path: Path) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     assert found(run) == []

@@ -4,6 +4,7 @@ formats the findings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,8 +34,8 @@ from longhaul.report.stalled_collectives import stalled_collectives
 
 _SEARCHED_ATTEMPTS = 5
 _MAIN_PROCESS = "main process"
-_JOB_ENDED = "*** JOB "
-"""Part of what slurmstepd writes to the log of a job that Slurm ends."""
+_OF_BATCH_SCRIPT = re.compile(r"\*\*\* JOB \d|\b\d+\.batch\b")
+"""In what slurmstepd writes about a job's batch script, not about its steps. Snakemake repeats the logs of failed jobs' steps."""
 _WAITS = {
     "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
     "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
@@ -201,10 +202,9 @@ def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Find
 
 def _ended_controllers(paths: RunPaths) -> Iterator[Finding]:
     """Yield why Slurm ended jobs of controller.sbatch. The rest of their log is about the run's jobs, which have own logs."""
-    for finding in search_log(_MAIN_PROCESS, paths.controller_log):
-        if _JOB_ENDED in finding.evidence:
-            remedy = f"{NOT_NEEDED} while the successor that it submitted waits or runs"
-            yield replace(finding, cause=f"its job, controller.sbatch, has ended: {finding.cause}", remedy=remedy)
+    for finding in search_log(_MAIN_PROCESS, paths.controller_log, _OF_BATCH_SCRIPT):
+        remedy = f"{NOT_NEEDED} while the successor that it submitted waits or runs"
+        yield replace(finding, cause=f"its job, controller.sbatch, has ended: {finding.cause}", remedy=remedy)
 
 
 def _unknown_queue(status: RunStatus) -> Iterator[Finding]:

@@ -66,13 +66,16 @@ def known_problems() -> tuple[KnownProblem, ...]:
     return tuple(TypeAdapter(list[KnownProblem]).validate_python(entries))
 
 
-def search_log(job: str, path: Path) -> list[Finding]:
-    """Return the known problems that a log shows, each once with its first line. Only the last 2 MiB are searched."""
+def search_log(job: str, path: Path, lines: re.Pattern[str] | None = None) -> list[Finding]:
+    """Return the known problems that a log shows, each once with its first line. Only the last 2 MiB are searched.
+
+    lines: only lines in which it is found are searched; None: all
+    """
     first_line, text = _end_of(path)
     found: dict[str, tuple[KnownProblem, str]] = {}
     counts: dict[str, int] = {}
     for number, line in enumerate(text.splitlines(), first_line):
-        if problem := match_line(line):
+        if (lines is None or lines.search(line)) and (problem := match_line(line)):
             counts[problem["name"]] = counts.get(problem["name"], 0) + 1
             found.setdefault(problem["name"], (problem, f"{path}:{number}: {line.strip()[:_LINE_CHARACTERS]}"))
     return [
