@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from longhaul.cli import main
+from longhaul.data.tokenizers.build_tokenizer import DEFAULT_CHAT_TEMPLATE, EOS
 from longhaul.jobs.job_spec import JobSpec
 from tests.support.bad_input import files_below, refused_message
 from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
@@ -25,9 +28,27 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def run_job(folder: Path, job: JobSpec) -> None:
+    """Run a tokenizer job, which must succeed."""
+    with pytest.raises(SystemExit) as exited:
+        main(["job", "run", "tokenizer", write_job(folder, job)])
+    assert not exited.value.code and (folder / "tokenizer.json").is_file()
+
+
 def write_job(folder: Path, job: JobSpec) -> str:
     job.write(folder / "job.json")
     return str(folder / "job.json")
+
+
+def arrow_file(text: bytes) -> bytes:
+    """Return an Arrow file with one row, whose text has these bytes."""
+    offsets = pa.array([0, len(text)], pa.int32()).buffers()[1]
+    column = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(text)])
+    sink = pa.BufferOutputStream()
+    table = pa.table({"text": column})
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
 
 
 GOOD = b'{"text": "one"}\n{"text": "two"}\n'
@@ -44,6 +65,10 @@ DATA: dict[str, tuple[str, bytes, str]] = {
     "not Parquet": ("a.parquet", b"PAR1 and nothing more", "cannot read"),
     "CSV with another header": ("a.csv", b"body,n\nx,1\n", "a.csv:1: no column 'text'; found 'body', 'n'"),
     "CSV with an unquoted comma": ("a.csv", b"text,n\na, b,1\n", "a.csv:2: 3 fields, but the header has 2"),
+    "not an object": ("a.jsonl", b'["one"]\n', "a.jsonl:1: expected a JSON object, found list"),
+    "two equal columns": ("a.csv", b"text,text\na,b\n", "2 columns are named 'text'"),
+    "damaged JSON list": ("a.json", b'[{"text": "one"},', "a.json:1: not valid JSON"),
+    "Arrow with invalid UTF-8": ("a.arrow", arrow_file(b"\xff"), "not valid UTF-8"),
     "unknown suffix": ("a.bin", b"abc", "unknown file suffix"),
 }
 
@@ -91,17 +116,43 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(
     assert not (tmp_path / "tokenizer.json").exists()
 
 
-def test_a_tokenizer_without_eos_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path):
+def test_a_tokenizer_without_eos_or_template_is_refused_until_it_is_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
     source = Path(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"])
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     job = tokenizer_job(tmp_path, path=str(tmp_path / "bare"), train_vocab_size=None, needs_chat_template=False)
     assert "bare has no EOS token" in refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert not (tmp_path / "tokenizer.json").exists()
+    settings = {"eos_token": EOS, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(settings))
+    chats = job.model_copy(update={"needs_chat_template": True})
+    message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, chats))
+    assert "bare has no chat template" in message and "set tokenizer.chat_template" in message
+    run_job(tmp_path, chats.model_copy(update={"chat_template": str(DEFAULT_CHAT_TEMPLATE)}))
+    run_job(tmp_path, job)
+
+
+def test_an_unusable_tokenizer_or_template_is_refused_until_another_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
+):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "tokenizer.json").write_text("{")
+    path = json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"]
+    good = tokenizer_job(tmp_path, path=path, train_vocab_size=None)
+    for changes, message in (
+        ({"path": str(tmp_path / "none")}, "none holds no tokenizer.json"),
+        ({"path": str(tmp_path / "broken")}, "cannot load "),
+        ({"chat_template": str(tmp_path / "none.jinja")}, "tokenizer.chat_template: cannot read"),
+    ):
+        job = good.model_copy(update=changes)
+        assert message in refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
+    run_job(tmp_path, good.model_copy(update={"chat_template": str(DEFAULT_CHAT_TEMPLATE)}))
 
 
 @pytest.mark.parametrize("operation", ["ns.a == ns.b", "{ns.a: 1}"])
-def test_a_chat_template_with_an_endless_operation_is_refused(
+def test_a_chat_template_with_an_endless_operation_is_refused_until_another_is_given(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -117,9 +168,10 @@ def test_a_chat_template_with_an_endless_operation_is_refused(
     message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert "one operation of the chat template, such as the comparison of nested lists, has no end" in message
     assert not (tmp_path / "tokenizer.json").exists()
+    run_job(tmp_path, job.model_copy(update={"chat_template": str(DEFAULT_CHAT_TEMPLATE)}))
 
 
-def test_a_tokenizer_with_ids_too_large_for_shards_is_refused(
+def test_a_tokenizer_with_ids_too_large_for_shards_is_refused_until_they_are_smaller(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tokenizer_folder: Path
 ):
     shutil.copytree(json.loads((tokenizer_folder / "tokenizer.json").read_text())["path"], tmp_path / "large")
@@ -130,6 +182,9 @@ def test_a_tokenizer_with_ids_too_large_for_shards_is_refused(
     job = tokenizer_job(tmp_path, path=str(tmp_path / "large"), train_vocab_size=None, model_vocab_size=None)
     message = refused_message(capsys, "job", "run", "tokenizer", write_job(tmp_path, job))
     assert "ids reach 2147483648; shards hold ids up to 2147483647" in message
+    content["model"]["vocab"]["huge id"] = len(content["model"]["vocab"]) + 10
+    path.write_text(json.dumps(content))
+    run_job(tmp_path, job)
 
 
 def test_a_job_spec_of_another_release_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -15,7 +15,7 @@ import pytest
 from longhaul.data.readers.read_documents import read_documents
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, write_jsonl
-from tests.workflow.test_bad_data import CHATS, DATA, GOOD
+from tests.workflow.test_bad_data import CHATS, DATA, GOOD, arrow_file
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ REMEDIES: dict[str, list[Remedy]] = {
         Remedy("add the column", b"text,n\nx,1\n"),
     ],
     "CSV with an unquoted comma": [Remedy("quote texts that contain commas", b'text,n\n"a, b",1\n')],
+    "not an object": [Remedy("write one JSON object", GOOD)],
+    "two equal columns": [Remedy("write the file again with one such column", b"text,n\na,1\n")],
+    "damaged JSON list": [Remedy("fix the file", b'[{"text": "one"}]'), Remedy("write one object per line", GOOD)],
+    "Arrow with invalid UTF-8": [Remedy("write the file again with valid text", arrow_file(b"one"))],
     "unknown suffix": [Remedy("set the dataset's `format`", settings={"format": "text"})],
 }
 FOLLOWED = [(name, remedy) for name, remedies in REMEDIES.items() for remedy in remedies]

@@ -283,6 +283,9 @@ def test_data_of_the_hub_come_from_what_fetch_stored(tmp_path: Path, exported: P
     assert (result.scores[0]["documents"], result.data) == (5, ["org/quiz@r"])
     with pytest.raises(UserError, match=r"org/quiz, configuration de, of the task is not in the lock of its data"):
         run(spec(tmp_path, exported, {**on_the_hub, "dataset_name": "de"}, task_data=lock))
+    fetched = write_lock(tmp_path, "de", stored, files)
+    run(spec(tmp_path, exported, {**on_the_hub, "dataset_name": "de"}, task_data=fetched))
+    lock = write_lock(tmp_path, "en", stored, files)
     shard = next(stored.glob("test/*.arrow"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0\0")
     with pytest.raises(UserError, match="does not have the SHA-256") as failed:

@@ -249,10 +249,25 @@ def test_logits_that_differ_from_the_trainers_are_refused(zero_checkpoints: Path
     )
 
 
-def test_checkpoint_without_reference_values_is_refused(zero_checkpoints: Path, tmp_path: Path):
+def test_checkpoint_without_reference_values_is_refused_until_the_last_one_is_exported(
+    zero_checkpoints: Path, tmp_path: Path
+):
+    """The trainer writes them with the last checkpoint of a stage always."""
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
     stage.update_manifest(has_reference_values=False)
     assert_refused(stage, "without the reference values")
+    stage.update_manifest(has_reference_values=True)
+    assert export(stage)
+
+
+def test_missing_checkpoint_is_refused_until_an_existing_one_is_named(zero_checkpoints: Path, tmp_path: Path):
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
+    existing = {*Checkpoint.read(Path(stage.job.checkpoint)).checkpoints}
+    (missing,) = {"last", "best"} - existing
+    with pytest.raises(UserError, match=f"has no `{missing}` checkpoint, only ") as refused:
+        run(stage.job.model_copy(update={"which": missing}))
+    assert "set the stage's `export` to one of these" in refused.value.hint
+    assert stage.job.which in existing and export(stage)
 
 
 def test_every_case_is_trained(zero_checkpoints: Path):

@@ -82,6 +82,8 @@ def test_a_key_of_a_wrong_form_is_refused(tmp_path: Path):
         with pytest.raises(UserError, match="16 to 256 letters"):
             keep_key(path, wrong)
     assert len(read_key_file(path)) == 64, "the earlier key stays"
+    keep_key(path, "letters_and-digits" * 2)
+    assert read_key_file(path) == "letters_and-digits" * 2
 
 
 def test_a_key_is_refused_where_the_engine_takes_none(

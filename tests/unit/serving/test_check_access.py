@@ -106,4 +106,5 @@ def test_an_answer_of_another_process_is_not_taken_for_that_of_the_server():
     """It took the port after the choice and before the engine."""
     with pytest.raises(UserError, match=r"no process of the server of vllm listens at 127\.0\.0\.1:8000") as error:
         check_address(server(8000), ["127.0.0.1:8001"])
-    assert "another process has taken the port" in error.value.hint
+    assert "start again if another process has taken the port" in error.value.hint
+    check_address(server(8001), ["127.0.0.1:8001"])

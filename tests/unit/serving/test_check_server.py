@@ -97,11 +97,15 @@ def test_a_missing_engine_is_named(manifest: Path):
         run(job_of(manifest, python=("false",)))
 
 
-def test_altered_reference_values_are_refused(manifest: Path):
+def test_altered_reference_values_are_refused_until_they_are_restored(manifest: Path):
     logits = Path(Export.read(manifest).checkpoint) / "reference" / "logits.json"
-    logits.write_text(logits.read_text().replace("fp32", "bf16"))
-    with pytest.raises(UserError, match="does not have the SHA-256 that was recorded"):
+    written = logits.read_text()
+    logits.write_text(written.replace("fp32", "bf16"))
+    with pytest.raises(UserError, match="does not have the SHA-256 that was recorded") as refused:
         run(job_of(manifest))
+    assert refused.value.hint == "restore the checkpoint's files, or train and export the stage again"
+    logits.write_text(written)
+    run(job_of(manifest))
 
 
 def test_an_altered_export_is_refused(manifest: Path):

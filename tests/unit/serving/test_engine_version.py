@@ -44,10 +44,17 @@ def test_a_container_is_not_started_on_this_machine(tmp_path: Path):
 
 
 @pytest.mark.parametrize("prints", ["[]", "text"])
-def test_in_the_job_another_answer_is_an_error(tmp_path: Path, prints: str):
-    serving = Serving(engine="vllm", python=(python_that(tmp_path, prints),))
-    with pytest.raises(UserError, match="does not start a Python of at least version"):
-        engine_version(serving)
+def test_in_the_job_another_answer_is_an_error_until_the_site_file_is_corrected(tmp_path: Path, prints: str):
+    (tmp_path / "wrong").mkdir()
+    wrong = Serving(engine="vllm", python=(python_that(tmp_path / "wrong", prints),))
+    with pytest.raises(UserError, match="does not start a Python of at least version") as refused:
+        engine_version(wrong)
+    assert refused.value.hint == "try it on a compute node, and correct the site file"
+    missing = Serving(engine="vllm", python=(str(tmp_path / "none"),))
+    with pytest.raises(UserError, match="none does not start: No such file") as refused:
+        engine_version(missing)
+    assert refused.value.hint == "correct the site file"
+    assert engine_version(Serving(engine="vllm", python=(python_that(tmp_path, FOUND),))) == "0.32.0"
 
 
 def test_the_version_of_the_engine(tmp_path: Path):

@@ -159,8 +159,11 @@ def test_a_key_file_is_for_its_owner_alone_and_for_one_server(tmp_path: Path):
     with pytest.raises(FileExistsError):
         create_key_file(path)
     path.chmod(0o640)
-    with pytest.raises(UserError, match=r"others may read the API key in .*: its mode is 640"):
+    with pytest.raises(UserError, match=r"others may read the API key in .*: its mode is 640") as refused:
         read_key_file(path)
+    assert refused.value.hint == f"chmod 600 {path}"
+    path.chmod(0o600)
+    assert read_key_file(path) == key
 
 
 @pytest.mark.parametrize("key", ["0123456701234567", "1234_5678_9012_3456", "0x12345678abcdef", KEY, ""])

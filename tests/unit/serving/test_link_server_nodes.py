@@ -65,6 +65,8 @@ def test_a_node_waits_for_the_first_one_to_start(monkeypatch: pytest.MonkeyPatch
     port = free_port("127.0.0.1")
     with pytest.raises(NodeLinkError, match=rf"did not reach the first node at 127\.0\.0\.1:{port} within 0\.3 s"):
         module._connect("127.0.0.1", port, timeout_s=0.3)
+    with socket.create_server(("127.0.0.1", port)), module._connect("127.0.0.1", port, timeout_s=10):
+        pass  # the first node is up
 
 
 def test_a_port_that_is_in_use_is_named():
@@ -72,6 +74,7 @@ def test_a_port_that_is_in_use_is_named():
         port = other.getsockname()[1]
         with pytest.raises(NodeLinkError, match=rf"port {port} of 127\.0\.0\.1 cannot be used: Address already in use"):
             module._listen("127.0.0.1", port, 2)
+        module._listen("127.0.0.1", free_port("127.0.0.1"), 2).close()  # another attempt
 
 
 def test_one_node_has_no_link():
@@ -110,10 +113,23 @@ def test_the_address_of_the_first_node(monkeypatch: pytest.MonkeyPatch, nodes: i
     [
         ("127.0.1.1", r"n1 is 127\.0\.1\.1: the other nodes cannot reach it"),
         ("8.8.8.8", r"8\.8\.8\.8, the address of the first node n1, is public"),
+        ("", "the first node's name n1 has no address"),
     ],
 )
-def test_addresses_at_which_nodes_must_not_meet(monkeypatch: pytest.MonkeyPatch, address: str, message: str):
+def test_nodes_meet_at_no_other_address_until_an_interface_is_named(
+    monkeypatch: pytest.MonkeyPatch, address: str, message: str
+):
+    addresses = {"n1": address, "n1-ib": "10.1.2.3"}
+
+    def resolve(name: str) -> str:
+        if not addresses[name]:
+            raise socket.gaierror("Name or service not known")
+        return addresses[name]
+
     monkeypatch.setenv("MASTER_ADDR", "n1")
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: address)
-    with pytest.raises(UserError, match=message):
+    monkeypatch.setattr(socket, "gethostbyname", resolve)
+    with pytest.raises(UserError, match=message) as refused:
         first_node_address(2)
+    assert "interconnect.master_address.interface" in refused.value.hint
+    monkeypatch.setenv("MASTER_ADDR", "n1-ib")  # the address of the interface
+    assert first_node_address(2) == "10.1.2.3"

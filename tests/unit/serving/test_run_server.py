@@ -17,7 +17,7 @@ from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_job import ServeSpec
 from longhaul.serving import run_server
 from longhaul.serving.run_server import run
-from longhaul.serving.server_process import require_free_port
+from longhaul.serving.server_process import free_port, require_free_port
 
 
 def spec(folder: Path, **changes: Any) -> ServeSpec:
@@ -66,6 +66,8 @@ def test_an_address_that_the_node_does_not_have_is_refused(tmp_path: Path, monke
     with pytest.raises(UserError, match=message) as error:
         run_server._listening_address(spec(tmp_path))
     assert "interconnect.master_address.interface" in error.value.hint
+    name_resolves_to(monkeypatch, "127.0.5.5")
+    assert run_server._listening_address(spec(tmp_path)) == "127.0.5.5"
 
 
 @pytest.mark.parametrize("changes", [{"local": True}, {"key_file": None}])
@@ -83,6 +85,7 @@ def test_a_port_in_use_is_refused():
         port = other.getsockname()[1]
         with pytest.raises(UserError, match=rf"port {port} of 127\.0\.0\.1 cannot be used: Address already in use"):
             require_free_port("127.0.0.1", port)
+        require_free_port("127.0.0.1", free_port("127.0.0.1"))
 
 
 def test_a_damaged_export_is_not_served(tmp_path: Path):

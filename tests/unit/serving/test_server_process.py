@@ -94,7 +94,21 @@ def test_no_process_is_left_after_use_and_other_children_live(tmp_path: Path):
 
 def test_a_server_that_ends_is_reported_with_its_code(tmp_path: Path):
     message = "the server of transformers ended with code 7 before it answered"
-    with pytest.raises(UserError, match=message), running_server(server(FailingServer, tmp_path), None, 30):
+    with (
+        pytest.raises(UserError, match=message) as ended,
+        running_server(server(FailingServer, tmp_path), None, 30),
+    ):
+        pass
+    command = ended.value.hint.split("try it alone: ")[1]
+    assert subprocess.run(command, shell=True, check=False).returncode == 7
+
+
+def test_a_server_that_is_slow_is_reported_until_it_has_more_time(tmp_path: Path):
+    slow = server(ServerWithoutModel, tmp_path / "pids")
+    with pytest.raises(UserError, match="within 0 s") as refused, running_server(slow, None, 0):
+        pass
+    assert "increase start_timeout_s if it was still loading" in refused.value.hint
+    with running_server(slow, None, 30):
         pass
 
 

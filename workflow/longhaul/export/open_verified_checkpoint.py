@@ -81,7 +81,7 @@ def _verify_files(folder: Path, manifest_sha256: str) -> None:
     if not manifest["has_reference_values"]:
         raise InputError(
             f"{folder} was saved without the reference values that an export needs",
-            "set the stage's `export` before it is trained",
+            "set the stage's `export` to last; to export `best`, set it before the stage is trained",
         )
     files = manifest["files"]
     for name, stated in files.items():

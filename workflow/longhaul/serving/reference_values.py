@@ -17,7 +17,7 @@ from longhaul.config.safetensors_header import safetensors_header
 from longhaul.errors import UserError
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest, reference_folder
 
-_HINT = "export the stage again from an unchanged checkpoint"
+_HINT = "restore the checkpoint's files, or train and export the stage again"
 
 
 class _ComputedWith(TypedDict, total=False):

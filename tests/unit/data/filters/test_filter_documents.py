@@ -224,14 +224,21 @@ def test_entropy_is_of_the_documents_that_stay(tmp_path: Path, tokenizer_folder:
     assert manifest.unigram_entropy_nats == pytest.approx(entropy(counts), abs=1e-12)
 
 
-def test_a_dataset_of_only_evaluation_texts_is_refused(tmp_path: Path, tokenizer_folder: Path):
+def test_a_dataset_of_only_evaluation_texts_is_refused_until_the_remedy_is_followed(
+    tmp_path: Path, tokenizer_folder: Path
+):
     against, files = evaluation(tmp_path, [QUESTION])
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
     with pytest.raises(UserError, match=r"no document stays \(\{'contaminated': 1\}\)"):
         make_shards(tmp_path, tokenizer_folder, [corpus], dataset(decontaminate=against), evaluation=files)
+    more = write_jsonl(tmp_path / "b.jsonl", "text", [text(1), text(2)])
+    assert make_shards(
+        tmp_path / "more", tokenizer_folder, [corpus, more], dataset(decontaminate=against), evaluation=files
+    )
+    assert make_shards(tmp_path / "without", tokenizer_folder, [corpus], dataset())
 
 
-def test_errors_in_evaluation_files_have_a_location(tmp_path: Path, tokenizer_folder: Path):
+def test_errors_in_evaluation_files_have_a_location_until_the_column_is_named(tmp_path: Path, tokenizer_folder: Path):
     path = tmp_path / "evaluation.jsonl"
     corpus = write_jsonl(tmp_path / "a.jsonl", "text", [QUESTION])
     settings = dataset(decontaminate={"files": (str(path),)})
@@ -242,6 +249,9 @@ def test_errors_in_evaluation_files_have_a_location(tmp_path: Path, tokenizer_fo
         path.write_text(line + "\n")
         with pytest.raises(UserError, match=expected):
             make_shards(tmp_path, tokenizer_folder, [corpus], settings, evaluation=[path])
+    path.write_text('{"text": 3, "question": "One question."}\n')
+    named = dataset(decontaminate={"files": (str(path),), "columns": ("question",)})
+    assert make_shards(tmp_path, tokenizer_folder, [corpus], named, evaluation=[path])
 
 
 def test_letters_are_words_in_scripts_without_spaces():

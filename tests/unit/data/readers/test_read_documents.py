@@ -399,6 +399,7 @@ def test_every_format_refuses_a_document_that_is_too_long(tmp_path: Path, name: 
     writers[name]()
     with pytest.raises(UserError, match="longer than 1 MB, the dataset's max_document_mb"):
         _read(path, max_document_mb=1)
+    assert len(_read(path, max_document_mb=8)) == 1
 
 
 def test_a_bad_row_of_a_csv_does_not_affect_other_rows(tmp_path: Path):
@@ -406,6 +407,10 @@ def test_a_bad_row_of_a_csv_does_not_affect_other_rows(tmp_path: Path):
     assert _read(tmp_path / "a.csv", bad_rows="skip") == ["a", "é"]
 
 
-def test_a_dataset_without_files_is_refused():
-    with pytest.raises(UserError, match="the dataset has no files"):
-        list(read_documents([], dataset()))
+def test_a_dataset_without_files_or_a_missing_file_is_refused_until_there_is_one(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    for files, message in (([], "the dataset has no files"), ([str(path)], "a.jsonl does not exist")):
+        with pytest.raises(UserError, match=message):
+            list(read_documents(files, dataset()))
+    path.write_text('{"text": "one"}\n')
+    assert list(read_documents([str(path)], dataset()))

@@ -58,13 +58,14 @@ def test_what_is_kept_of_long_conversations_follows_truncate(shards: DataManifes
     assert kept(shards, 128, "left")["tokens"] == short + 6 * 128
 
 
-def test_a_length_that_keeps_no_conversation_is_refused_with_the_stage(shards: DataManifest):
+def test_a_length_that_keeps_no_conversation_is_refused_until_the_remedy_is_followed(shards: DataManifest):
     with pytest.raises(InputError) as refused:
         kept(shards, 8, "drop")
     assert str(refused.value).startswith(
         "stage chat: dataset corpus: with truncate drop, none of the 10 conversations of the train split has a loss token "
         "within sequence_length 8; half of them have "
     )
+    assert kept(shards, 128, "drop")["documents"] and kept(shards, 8, "left")["documents"]
 
 
 @pytest.mark.parametrize("ending", ["idx", "mask"])

@@ -384,10 +384,14 @@ def test_training_split_without_a_sample_is_refused(text_shards: DataManifest, t
         windows(empty, tmp_path)
     assert refused.value.message == "dataset corpus: the train split has 0 tokens, too few for one sample"
     assert refused.value.hint == "add documents"
+    assert len(windows(text_shards, tmp_path))
     assert len(Samples.open(empty, "validation", "pretrain", S, 1, tmp_path)) == 0
 
 
-def test_kind_of_a_refused_dataset_has_a_remedy(text_shards: DataManifest, tmp_path: Path):
+def test_texts_are_refused_until_a_dataset_of_chats_is_used(
+    text_shards: DataManifest, chat_shards: DataManifest, tmp_path: Path
+):
     with pytest.raises(UserError) as refused:
         packs(text_shards, tmp_path)
-    assert refused.value.hint == "set the dataset's kind to chat"
+    assert refused.value.hint == "use a dataset of kind chat"
+    assert len(packs(chat_shards, tmp_path))

@@ -182,7 +182,7 @@ def test_each_job_fingerprints_its_partition(tmp_path: Path, tokenizer_folder: P
     assert len(fingerprinted) > 3 and modified(Path(job.folder), f"*.fingerprints/{KEYS_FILE}") == fingerprinted
 
 
-def test_a_touched_source_is_accepted_and_a_changed_one_is_refused(tmp_path: Path, tokenizer_folder: Path):
+def test_a_touched_source_is_accepted_and_a_changed_one_is_indexed_again(tmp_path: Path, tokenizer_folder: Path):
     files = files_of(tmp_path)
     index, (first, second), last = partition_jobs(
         tokenize_job(tmp_path, tokenizer_folder, files, dataset(**SETTINGS)), 2
@@ -195,6 +195,9 @@ def test_a_touched_source_is_accepted_and_a_changed_one_is_refused(tmp_path: Pat
     with pytest.raises(UserError, match=r"2.jsonl changed after the dataset's sources were indexed"):
         tokenize_dataset.run(last)
     assert not Path(last.out).exists()
+    tokenize_dataset.index_sources(index)
+    tokenize_dataset.run(last)
+    assert Path(last.out).exists()
 
 
 def test_a_source_index_of_other_files_is_refused(tmp_path: Path, tokenizer_folder: Path):

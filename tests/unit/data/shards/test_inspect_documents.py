@@ -48,7 +48,7 @@ def test_tokens_are_styled_by_their_mask(tokenizer_folder: Path):
     ("options", "expected"),
     [(("--split", "test"), "has no split 'test'"), (("--first", "9999"), "not 9999"), (("--first", "-1"), "not -1")],
 )
-def test_a_missing_split_or_document_is_reported(
+def test_a_missing_split_or_document_is_reported_until_another_is_chosen(
     chat_shards: DataManifest,
     tokenizer_folder: Path,
     tmp_path: Path,
@@ -58,6 +58,7 @@ def test_a_missing_split_or_document_is_reported(
 ):
     assert inspect(chat_shards, tmp_path, tokenizer_folder, *options) == 2
     assert expected in capsys.readouterr().err
+    assert inspect(chat_shards, tmp_path, tokenizer_folder, "--split", "validation", "--first", "0") == 0
 
 
 @pytest.mark.parametrize("text", ["run: mine\n", "{}", '{"artifact": "Lock", "schema_version": 1}'])
@@ -88,11 +89,12 @@ def test_codes_of_a_terminal_in_a_text_are_shown_as_escapes(tokenizer_folder: Pa
     assert style_tokens(ids, np.ones(len(ids), np.uint8), folder, marked=False).plain == "a\\x1b[31m"
 
 
-def test_another_tokenizer_is_refused(
+def test_another_tokenizer_is_refused_until_its_own_is_passed(
     chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert inspect(dataclasses.replace(chat_shards, tokenizer_hash="other"), tmp_path, tokenizer_folder) == 2
     assert "was encoded with tokenizer other" in capsys.readouterr().err
+    assert inspect(chat_shards, tmp_path, tokenizer_folder) == 0
 
 
 def test_altered_tokens_are_refused(tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import tempfile
@@ -16,10 +17,11 @@ from tokenizers import Tokenizer
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.data.shards import tokenize_dataset
 from longhaul.data.shards.shard_reader import SplitReader
 from longhaul.data.shards.unigram_entropy import entropy, unigram_entropy
 from longhaul.errors import UserError
-from tests.support.corpora import conversation, dataset, make_shards, text, write_jsonl
+from tests.support.corpora import conversation, dataset, make_shards, text, tokenize_job, write_jsonl
 
 
 def split(manifest: DataManifest, name: str) -> SplitReader:
@@ -204,6 +206,48 @@ def test_documents_without_anything_to_train_on_are_counted(tmp_path: Path, toke
     with pytest.raises(UserError, match="no document can be trained on"):
         nothing = write_jsonl(tmp_path / "c.jsonl", "text", ["", ""])
         make_shards(tmp_path / "c", tokenizer_folder, [nothing], dataset())
+    corrected = write_jsonl(tmp_path / "c.jsonl", "text", ["", text(1)])
+    assert make_shards(tmp_path / "c", tokenizer_folder, [corrected], dataset())
+    other = tmp_path / "d.jsonl"
+    other.write_text(json.dumps({"text": "", "body": text(1)}) + "\n")
+    assert make_shards(tmp_path / "d", tokenizer_folder, [other], dataset(columns={"text": "body"}))
+
+
+def test_an_empty_assistant_turn_is_refused_until_the_remedy_is_followed(tmp_path: Path, tokenizer_folder: Path):
+    first: list[Any] = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]
+    second: list[Any] = [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A"}]
+    chats = write_jsonl(tmp_path / "a.jsonl", "messages", [first + second])
+    with pytest.raises(UserError, match="an assistant turn has no text in the loss") as refused:
+        make_shards(tmp_path, tokenizer_folder, [chats], dataset("chat"))
+    assert "remove the turn, or give it weight: 0" in refused.value.hint
+    for messages in (second, [first[0], first[1] | {"weight": 0}, *second]):
+        write_jsonl(chats, "messages", [messages])
+        assert make_shards(tmp_path, tokenizer_folder, [chats], dataset("chat"))
+
+
+def test_a_job_without_files_template_or_folder_is_refused_until_it_has_them(tmp_path: Path, tokenizer_folder: Path):
+    chats = write_jsonl(tmp_path / "a.jsonl", "messages", [conversation(i) for i in range(4)])
+    job = tokenize_job(tmp_path, tokenizer_folder, [chats], dataset("chat"))
+    bare = TokenizerManifest.read(tokenizer_folder / "tokenizer.json")
+    dataclasses.replace(bare, has_chat_template=False).write(tmp_path / "bare.json")
+    chats.with_name("file").touch()
+    for changes, message, remedy in (
+        ({"files": ()}, "the dataset has no files", "check its `files`"),
+        (
+            {"tokenizer": str(tmp_path / "bare.json")},
+            "the tokenizer has no chat template",
+            "set tokenizer.chat_template",
+        ),
+        (
+            {"folder": str(tmp_path / "file/data")},
+            "writing dataset corpus to .*file/data",
+            "choose another folder in storage.data",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as refused:
+            tokenize_dataset.run(job.model_copy(update=changes))
+        assert remedy in refused.value.hint
+    tokenize_dataset.run(job)
 
 
 def test_what_nothing_reads_is_in_the_manifest_and_the_log(

@@ -98,13 +98,24 @@ def test_a_source_that_is_removed_is_reported(tmp_path: Path, tokenizer_folder: 
     writer.write(chunk)
 
 
-def test_a_source_that_changes_is_refused(tmp_path: Path, tokenizer_folder: Path):
+def test_a_source_that_changes_is_refused_until_the_next_run(tmp_path: Path, tokenizer_folder: Path):
     chunk, writer = chunk_and_writer(tmp_path, tokenizer_folder)
     with (tmp_path / "a.jsonl").open("a") as stream:
         stream.write('{"text": "more"}\n')
     with pytest.raises(UserError, match=r"a.jsonl changed while it was read \(\d+ bytes before, \d+ now\)"):
         writer.write(chunk)
     assert list((tmp_path / "data").iterdir()) == []
+    chunk, writer = chunk_and_writer(tmp_path, tokenizer_folder)  # the next run
+    writer.write(chunk)
+
+
+def test_a_source_that_cannot_be_read_is_refused_until_it_can(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match=f"cannot read {path}: No such file") as refused:
+        SourceFile.from_file(str(path), "auto")
+    assert refused.value.hint == "make it readable, or correct the dataset's `files`"
+    path.write_text('{"text": "one"}\n')
+    assert SourceFile.from_file(str(path), "auto")
 
 
 BAD_LINES = (

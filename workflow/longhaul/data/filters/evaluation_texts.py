@@ -73,7 +73,10 @@ def read_evaluation_texts(
             for column, value in zip(columns, row.values, strict=True):
                 if not isinstance(value, str):
                     found = type(value).__name__
-                    raise InputError(f"{row.where}: {column} is {found}, not a string", "set a text column")
+                    raise InputError(
+                        f"{row.where}: {column} is {found}, not a string",
+                        "name columns with text in decontaminate.columns",
+                    )
                 words = split_words(value)
                 short_texts += len(words) < ngram_words
                 for ngram in ngrams(words, ngram_words):

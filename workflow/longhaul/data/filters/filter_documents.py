@@ -64,7 +64,7 @@ def filter_documents(
     if decisions.reasons.all():
         raise InputError(
             f"dataset {manifest.dataset}: no document stays ({decisions.counts()})",
-            "check deduplicate and decontaminate",
+            "add documents that are not in the evaluation files, or remove decontaminate",
         )
     data_hash = content_hash([manifest.hash, task.dataset.deduplicate, filters.settings])
     folder = task.root / f"filtered-{data_hash}"

@@ -34,7 +34,7 @@ def read_rows(file_range: FileRange, columns: WantedColumns, max_document_bytes:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist", "check the dataset's `files`") from None
+        raise UserError(f"{path} does not exist", "restore it, or correct the dataset's `files`") from None
     if not size:
         hint = "remove it from the dataset's `files`, or fill it"
         yield Row(path, BadData.with_reason("empty file", f"{path} is empty", hint), 0)

@@ -229,5 +229,5 @@ def _require_chats(manifest: DataManifest) -> None:
     if manifest.kind != "chat":
         raise InputError(
             f"an sft stage needs a dataset of chats, but dataset {manifest.dataset} is {manifest.kind}",
-            "set the dataset's kind to chat",
+            "use a dataset of kind chat",
         )

@@ -108,7 +108,8 @@ def _require_documents(
     if max(record["highest_key"] for record in records) < 0:
         reasons = ", ".join(f"{count} × {reason}" for reason, count in skipped.items())
         raise InputError(
-            f"dataset {job.name}: no document can be trained on ({reasons})", "check its files and columns"
+            f"dataset {job.name}: no document can be trained on ({reasons})",
+            "correct the texts of its `files`, or its `columns`",
         )
 
 

@@ -39,7 +39,9 @@ class SourceFile:
             before = path.stat()
             digest = file_sha256(path)
         except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}", "check the dataset's `files`") from None
+            raise UserError(
+                f"cannot read {file}: {error.strerror}", "make it readable, or correct the dataset's `files`"
+            ) from None
         known_format = format_of(path) if file_format == "auto" else file_format
         source = cls(file, known_format, before.st_size, digest, before.st_mtime_ns)
         source.require_unchanged()
