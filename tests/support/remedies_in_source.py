@@ -6,6 +6,7 @@ import ast
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,12 @@ import pytest
 from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
 
-_ERRORS = ("BadData", "InputError", "UserError")
+_PLACE_OF_REMEDY = {
+    **dict.fromkeys(("BadData", "BadNodesError", "BrokenLinkError", "InputError", "NodeLinkError"), 1),
+    **dict.fromkeys(("RendezvousError", "TrainingFailure", "UserError"), 1),
+    "with_reason": 2,
+}
+"""Class or constructor of an error for users -> the place of the remedy in its arguments."""
 Place = tuple[str, int]
 """Module below the package, and a line of it."""
 
@@ -36,17 +42,26 @@ class RemedyInSource:
         return f"{self.module}: {self.text}"
 
 
-def remedies_in_source() -> Iterator[RemedyInSource]:
-    """Yield the remedy of every error for users that the package makes; those without one are left out."""
+@cache
+def remedies_in_source() -> tuple[RemedyInSource, ...]:
+    """Return the remedy of every error for users that the package makes; those without one are left out."""
+    return tuple(_remedies_in_source())
+
+
+def _remedies_in_source() -> Iterator[RemedyInSource]:
     named = constants()
     for path in sorted(PACKAGE.rglob("*.py")):
         module, tree = str(path.relative_to(PACKAGE)), ast.parse(path.read_text(encoding="utf-8"))
         own = named | dict(pair for node in tree.body for pair in _assignment(node))
-        for function in tree.body:
+        classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+        for function in (*tree.body, *(node for found in classes for node in found.body)):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
             local = dict(pair for node in ast.walk(function) for pair in _assignment(node))
             for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
-                is_error = getattr(call.func, "id", "") in _ERRORS and len(call.args) > 1
-                if is_error and (text := texts_of(call.args[1], own | local)):
+                name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+                argument = next(iter(call.args[_PLACE_OF_REMEDY.get(name, len(call.args)) :]), None)
+                if argument and (text := texts_of(argument, own | local)):
                     yield RemedyInSource(module, range(call.lineno, (call.end_lineno or call.lineno) + 1), text)
 
 

@@ -1,4 +1,4 @@
-"""Every remedy of the package that tells to delete, move or restore a file is followed by a test.
+"""Every remedy of the packages in COMPLETE is followed by a test; of others, those that tell to delete, move or restore a file.
 
 Those about tokens, shards and job files are in test_remedies.py. The others need more than small files: FOLLOWED_ELSEWHERE names
 the test that follows them.
@@ -190,15 +190,213 @@ FOLLOWED_ELSEWHERE = {
     "config/load_config.py: docsconfig.md": (
         "workflow/test_bad_configs.py::test_the_page_that_a_remedy_names_is_there"
     ),
+    # serving
+    "use 16 to 256 letters, digits, _ and -": (
+        "unit/scheduling/test_serve_verb.py::test_a_key_of_a_wrong_form_is_refused"
+    ),
+    "chmod 600 ": ("unit/serving/test_engines.py::test_a_key_file_is_for_its_owner_alone_and_for_one_server"),
+    "start again if another process has taken the port": (
+        "unit/serving/test_check_access.py::test_an_answer_of_another_process_is_not_taken_for_that_of_the_server"
+    ),
+    "remove options of the site key `serving` that open further addresses": (
+        "unit/serving/test_check_access.py::test_the_address_of_a_server_is_that_of_its_processes"
+    ),
+    "serving/engine_version.py: ": (
+        "unit/serving/test_engine_version.py::test_in_the_job_another_answer_is_an_error_until_the_site_file_is_corrected"
+    ),
+    "serving/link_server_nodes.py: name a network interface of the cluster": (
+        "unit/serving/test_link_server_nodes.py::test_nodes_meet_at_no_other_address_until_an_interface_is_named"
+    ),
+    "restore the checkpoint's files, or train and export the stage again": (
+        "unit/serving/test_check_server.py::test_altered_reference_values_are_refused_until_they_are_restored"
+    ),
+    "set serve.port to another port, or leave it out": (
+        "unit/serving/test_run_server.py::test_a_port_in_use_is_refused"
+    ),
+    "increase start_timeout_s if it was still loading": (
+        "unit/serving/test_server_process.py::test_a_server_that_is_slow_is_reported_until_it_has_more_time"
+    ),
+    "what it printed is above; try it alone: ": (
+        "unit/serving/test_server_process.py::test_a_server_that_ends_is_reported_with_its_code"
+    ),
+    # evaluation
+    "fetch it where there is a network: longhaul fetch CONFIG": (
+        "unit/evaluation/test_evaluate_model.py::test_data_of_the_hub_come_from_what_fetch_stored"
+    ),
+    # export
+    "set the stage's `export` to one of these": (
+        "unit/export/test_export_checkpoint.py::test_missing_checkpoint_is_refused_until_an_existing_one_is_named"
+    ),
+    "set the stage's `export` to last; to export `best`": (
+        "unit/export/test_export_checkpoint.py::test_checkpoint_without_reference_values_is_refused_until_the_last_one_is_exported"
+    ),
+    # data
+    "data/check_task_templates.py: correct {}": (
+        "unit/data/test_check_task_templates.py::test_a_template_that_fails_in_the_job_is_refused_until_it_is_corrected"
+    ),
+    "remove this operation from the template": (
+        "unit/data/test_check_task_templates.py::test_an_operation_that_never_ends_is_refused_until_it_is_removed"
+    ),
+    "name the split to evaluate: ": (
+        "unit/data/test_check_task_templates.py::test_a_template_that_fails_in_the_job_is_refused_until_it_is_corrected"
+    ),
+    "data/check_task_templates.py: use one of ": (
+        "unit/data/test_check_task_templates.py::test_a_template_that_fails_in_the_job_is_refused_until_it_is_corrected"
+    ),
+    "data/check_task_templates.py: {}": (
+        "unit/data/test_check_task_templates.py::test_a_template_that_fails_in_the_job_is_refused_until_it_is_corrected"
+    ),
+    "name columns with text in decontaminate.columns": (
+        "unit/data/filters/test_filter_documents.py::test_errors_in_evaluation_files_have_a_location_until_the_column_is_named"
+    ),
+    "add documents that are not in the evaluation files, ": (
+        "unit/data/filters/test_filter_documents.py::test_a_dataset_of_only_evaluation_texts_is_refused_until_the_remedy_is_followed"
+    ),
+    "data/readers/read_documents.py: check its `files`": (
+        "unit/data/readers/test_read_documents.py::test_a_dataset_without_files_or_a_missing_file_is_refused_until_there_is_one"
+    ),
+    "restore it, or correct the dataset's `files`": (
+        "unit/data/readers/test_read_documents.py::test_a_dataset_without_files_or_a_missing_file_is_refused_until_there_is_one"
+    ),
+    "data/readers/select_reader.py: set the dataset's `format`": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "raise the stage's sequence_length, use another truncate": (
+        "unit/data/sampling/test_count_chats.py::test_a_length_that_keeps_no_conversation_is_refused_until_the_remedy_is_followed"
+    ),
+    "data/sampling/samples.py: add documents": (
+        "unit/data/sampling/test_samples.py::test_training_split_without_a_sample_is_refused"
+    ),
+    "data/sampling/samples.py: use a dataset of kind chat": (
+        "unit/data/sampling/test_samples.py::test_texts_are_refused_until_a_dataset_of_chats_is_used"
+    ),
+    "correct the texts of its `files`, or its `columns`": (
+        "unit/data/shards/test_tokenize_dataset.py::test_documents_without_anything_to_train_on_are_counted"
+    ),
+    "run again: the sources are then indexed again": (
+        "unit/data/shards/test_data_partitions.py::test_a_touched_source_is_accepted_and_a_changed_one_is_indexed_again"
+    ),
+    "wait until the program that writes it has finished": (
+        "unit/data/shards/test_write_chunk.py::test_a_source_that_changes_is_refused_until_the_next_run"
+    ),
+    "make it readable, or correct the dataset's `files`": (
+        "unit/data/shards/test_write_chunk.py::test_a_source_that_cannot_be_read_is_refused_until_it_can"
+    ),
+    "give the tokenizer's added tokens smaller ids": (
+        "workflow/test_bad_data.py::test_a_tokenizer_with_ids_too_large_for_shards_is_refused_until_they_are_smaller"
+    ),
+    "pass the path of its tokenizer.json with --tokenizer": (
+        "unit/data/shards/test_inspect_documents.py::test_another_tokenizer_is_refused_until_its_own_is_passed"
+    ),
+    "choose another --first": (
+        "unit/data/shards/test_inspect_documents.py::test_a_missing_split_or_document_is_reported_until_another_is_chosen"
+    ),
+    "data/shards/inspect_documents.py: choose one of ": (
+        "unit/data/shards/test_inspect_documents.py::test_a_missing_split_or_document_is_reported_until_another_is_chosen"
+    ),
+    "data/shards/tokenize_dataset.py: ": (
+        "unit/data/shards/test_tokenize_dataset.py::test_a_job_without_files_template_or_folder_is_refused_until_it_has_them"
+    ),
+    "set eos_token in its tokenizer_config.json": (
+        "workflow/test_bad_data.py::test_a_tokenizer_without_eos_or_template_is_refused_until_it_is_set"
+    ),
+    "set tokenizer.chat_template, for example to ": (
+        "workflow/test_bad_data.py::test_a_tokenizer_without_eos_or_template_is_refused_until_it_is_set"
+    ),
+    "set tokenizer.path to a Hugging Face tokenizer folder": (
+        "workflow/test_bad_data.py::test_an_unusable_tokenizer_or_template_is_refused_until_another_is_named"
+    ),
+    "set it to a Jinja file": (
+        "workflow/test_bad_data.py::test_an_unusable_tokenizer_or_template_is_refused_until_another_is_named"
+    ),
+    "remove the operation, or give another template": (
+        "workflow/test_bad_data.py::test_a_chat_template_with_an_endless_operation_is_refused_until_another_is_given"
+    ),
+    "data/tokenizers/tokenizer_size.py: give the path": (
+        "unit/data/tokenizers/test_tokenizer_size.py::test_what_is_no_tokenizer_is_refused_until_one_is_there"
+    ),
+    "use the tokenizer of the pretrained model; ": (
+        "unit/data/tokenizers/test_tokenizer_size.py::test_a_larger_tokenizer_is_refused_until_another_is_used"
+    ),
+    "remove it from the dataset's `files`, or fill it": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "every document needs text: fix or remove this row": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "data/readers/text_values.py: fix or remove this row": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "the file is damaged or truncated: fetch it again": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "convert the file: iconv -f <its encoding> -t utf-8": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "set the column name in the dataset's `columns`, or add the column": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "fix or remove the line": ("workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"),
+    "quote texts that contain commas": ("workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"),
+    "write one JSON object {…} for each document": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "write the file again with one such column": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "write the file again with valid text": ("workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"),
+    "fix the file, or write one object per line as .jsonl": (
+        "workflow/test_data_remedies.py::test_after_the_remedy_the_data_are_read"
+    ),
+    "data/readers/conversations.py: {}": ("workflow/test_data_remedies.py::test_after_the_remedy_the_chats_are_read"),
+    "shorten the document, or raise max_document_mb": (
+        "unit/data/readers/test_read_documents.py::test_every_format_refuses_a_document_that_is_too_long"
+    ),
+    "compress it again without zstd's --long and --ultra": (
+        "unit/data/readers/test_zstd_window.py::test_a_large_window_is_refused"
+    ),
+    "remove the turn, or give it weight: 0": (
+        "unit/data/shards/test_tokenize_dataset.py::test_an_empty_assistant_turn_is_refused_until_the_remedy_is_followed"
+    ),
+    "shorten the document, or leave out such documents with bad_rows: skip": (
+        "unit/data/shards/test_encoding_memory.py::test_the_longest_document_fits_and_a_longer_one_is_refused"
+    ),
+    "run again: another attempt takes another port": (
+        "unit/serving/test_link_server_nodes.py::test_a_port_that_is_in_use_is_named"
+    ),
+    "check that the first node is up": (
+        "unit/serving/test_link_server_nodes.py::test_a_node_waits_for_the_first_one_to_start"
+    ),
 }
 """A part of the remedy, with its module where other modules have the same words -> the test that follows it."""
-NOT_FOLLOWED: dict[str, str] = {}
+NOT_FOLLOWED = {
+    "use a release of the engine that answers `echo` with `logprobs`": "another release of an engine",
+    "serving/ask_server.py: what it printed is above": "the engine's own output tells the cause",
+    "use another release of the engine": "another release of an engine",
+    "do not use this engine for this model": "another engine: test_check_server.py checks one without the fault",
+    "vllm or sglang, or remove serve_check": "another engine, which gets token ids: test_check_server.py",
+    "evaluation/evaluate_model.py: list the names": "a list to choose from",
+    "pip install 'longhaul[evaluate]' in the job environment": "installs packages",
+    "set tokenizer.chat_template in the config": "the data of such a stage are refused first: tokenize_dataset.py",
+    "the checkpoint and model_config.json belong to different models: train the stage again": "another training",
+    "Qwen3-MoE, DeepSeek V2 or DeepSeek V3 model": "another model; test_export_checkpoint.py exports these",
+    "export a supported architecture": "another model; test_export_checkpoint.py exports these",
+    "nothing was exported; the software is at fault, not the config": "a fault of longhaul or of transformers",
+    "this transformers release does not read the layout that it writes": "another release of transformers",
+    "this Python has no standard library on disk": "another Python",
+    "give the job more memory or fewer CPUs": "a job that is killed for lack of memory",
+    "convert it to tokenizer.json first": "another program, which depends on the tokenizer",
+    "remove that text, or set allow_control_tokens: true": "no known tokenizer refuses such a text",
+    "write one object per line as .jsonl: jq -c '.[]'": "a list of more than 1 GB; tried for a damaged list",
+    "data/tokenizers/chat_template.py: {}": "another template; test_chat_families.py has those that families of models use",
+    "nothing to train on": "such conversations are left out and counted, and stop nothing",
+}
 """A part of a remedy that no test can follow -> the reason."""
 
 
 REMEDIES_OF_PLANS = ("config/", "planning/")
 """test_config_remedies.py scans these packages: there one table tries nearly all remedies."""
-COMPLETE: tuple[str, ...] = ()
+COMPLETE = ("data/", "evaluation/", "export/", "serving/")
 """Packages of which every remedy is followed. Of the others, remedies that tell to delete, move or restore a file are."""
 
 
@@ -207,9 +405,7 @@ def remedies_to_follow() -> list[RemedyInSource]:
     return [
         remedy
         for remedy in remedies_in_source()
-        if not remedy.module.startswith(
-            (*REMEDIES_OF_PLANS, "data/readers/", "jobs/container.py")
-        )  # test_data_remedies.py
+        if not remedy.module.startswith((*REMEDIES_OF_PLANS, "jobs/container.py"))
         and (
             remedy.module.startswith(COMPLETE) or re.search(r"\b(delete|rm|move|restore) ", remedy.text, re.IGNORECASE)
         )
