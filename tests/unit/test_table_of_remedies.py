@@ -418,7 +418,7 @@ def test_hints_in_constants_are_seen():
     assert texts_of(hint, {"HINT": "move it"}) == "move it of {}\nmove it now"
 
 
-def test_every_remedy_about_files_is_in_the_table():
+def test_every_remedy_to_follow_is_in_the_table():
     known = [part for remedy in REMEDIES.values() for part in [remedy.says.split("{folder}")[0]]]
     known += [*FOLLOWED_ELSEWHERE, *NOT_FOLLOWED]
     assert [str(remedy) for remedy in remedies_to_follow() if not any(part in str(remedy) for part in known)] == []
