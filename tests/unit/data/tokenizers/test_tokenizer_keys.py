@@ -11,6 +11,7 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.config.own_names import TOKENIZER_CLASSES
+from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.data.tokenizers.tokenizer_size import check_tokenizer_folder
 from longhaul.errors import UserError
@@ -78,6 +79,20 @@ def test_every_other_name_of_the_class_changes_nothing(tokenizer: Path, tmp_path
             hub_ids = AutoTokenizer.from_pretrained(made.path, local_files_only=True)("one ship")["input_ids"]
             assert hub_ids == loaded("one ship")["input_ids"], name
     assert built > 50, "most of these names have no effect"
+
+
+def test_an_empty_text_is_no_token(tokenizer: Path, tmp_path: Path):
+    """Neither text is in the vocabulary: the job ended in a traceback."""
+    without_end = with_keys(tokenizer, tmp_path / "a", CONFIG, {"eos_token": ""})
+    with pytest.raises(UserError, match="has no EOS token"):
+        build(without_end, tmp_path / "job-a")
+    made = build(with_keys(tokenizer, tmp_path / "b", CONFIG, {"pad_token": ""}), tmp_path / "job-b")
+    assert made.pad_id == made.eos_id
+
+
+def test_a_token_of_another_form_is_not_for_the_template(tokenizer: Path, tmp_path: Path):
+    made = build(with_keys(tokenizer, tmp_path / "a", CONFIG, {"image_token": {"a": 1}}), tmp_path / "job")
+    assert set(ChatTemplate.load(Path(made.path)).special_tokens) == {"eos_token", "pad_token"}
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def run(job: TokenizerSpec) -> None:
     """
     tokenizer = _load(job.path) if job.path else _train(job)
     _install_chat_template(tokenizer, job)
-    if tokenizer.eos_token is None:
+    if not tokenizer.eos_token:
         raise InputError(
             f"the tokenizer {job.path} has no EOS token: nothing would separate documents, and generation would not stop",
             "set eos_token in its tokenizer_config.json",
@@ -53,7 +53,7 @@ def run(job: TokenizerSpec) -> None:
     if job.model_vocab_size is not None:
         require_size(vocab_size, job.model_vocab_size)
     token_dtype(vocab_size)  # raises UserError for ids that shards cannot hold
-    if tokenizer.pad_token is None:
+    if not tokenizer.pad_token:
         tokenizer.pad_token = tokenizer.eos_token
     folder, digest = _save(tokenizer, Path(job.folder), test_chat_template=job.needs_chat_template)
     TokenizerManifest(

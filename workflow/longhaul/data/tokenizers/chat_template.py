@@ -76,7 +76,7 @@ class ChatTemplate:
         """Read the template of a tokenizer folder that longhaul.data.tokenizers.build_tokenizer wrote."""
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         special = {key: value for key, value in settings.items() if key.endswith("_token")}
-        tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in special.items()}
+        tokens = {key: value.get("content") if isinstance(value, dict) else value for key, value in special.items()}
         text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         named = {key: value for key, value in tokens.items() if isinstance(value, str)}
         return cls(text, named, control_tokens or ControlTokens(()))
