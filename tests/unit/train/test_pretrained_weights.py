@@ -108,8 +108,9 @@ def test_a_stage_starts_from_the_folder(folder, tmp_path: Path, changes: dict[st
     save_file({name: tensor.contiguous() for name, tensor in expected.items()}, tmp_path / "expected.safetensors")
     job = job_spec(_plan(tmp_path, path, changes), JobId("train", ("base",)))
     ds_config = tmp_path / "ds_config.json"
-    zero = {"stage": job.stage.zero.stage}
-    ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}))
+    optimizer = {"type": "AdamW", "params": {"lr": 0.001}}
+    sections = {"optimizer": optimizer, "zero_optimization": {"stage": job.stage.zero.stage}}
+    ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **sections}))
     job.model_copy(update={"deepspeed": str(ds_config)}).write(tmp_path / "stage.json")
     printed = run_worker(
         HERE / "pretrained_worker.py", 2, str(tmp_path / "stage.json"), str(tmp_path / "expected.safetensors")

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from pydantic import ConfigDict, FiniteFloat
+from typing_extensions import TypedDict
 
-from longhaul.artifacts.atomic_files import read_json
+from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.deepspeed import (
     Engine,
     count_sliced_experts_in_gradient_norm,
@@ -21,12 +23,33 @@ from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 
+class _Parameters(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    lr: FiniteFloat
+
+
+class _Optimizer(TypedDict):
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    params: _Parameters
+
+
+class _DeepSpeedConfig(TypedDict):
+    """The values of ds_config.json that the trainer computes with; DeepSpeed checks the others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # pyright: ignore[reportGeneralTypeIssues]
+
+    optimizer: _Optimizer
+    zero_optimization: dict[str, Any]
+
+
 def read_deepspeed_config(job: TrainSpec, context: DistributedContext | None = None) -> dict[str, Any]:
     """Return the rendered ds_config.json, with this process' swap folder and buffer size where it offloads to a disk.
 
     The global batch size is not in it; DeepSpeed computes it from the world size.
     """
-    config = read_json(Path(job.deepspeed))
+    config: dict[str, Any] = {**read_typed_json(Path(job.deepspeed), _DeepSpeedConfig)}
     if context and context.swap:
         zero = config["zero_optimization"]
         for key in job.stage.zero.nvme_keys:

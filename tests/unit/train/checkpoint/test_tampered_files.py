@@ -24,6 +24,7 @@ from longhaul.train.checkpoint.retention import last_and_best
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.checkpoint.weights_folder import _check_identity
 from longhaul.train.checkpoint.weights_identity import check_steps
+from longhaul.train.deepspeed_engine import peak_learning_rate
 from longhaul.train.monitoring.events import EventWriter
 from longhaul.train.monitoring.metrics import _drop_lines_from
 from longhaul.train.monitoring.trackers import _run_ids
@@ -69,6 +70,13 @@ def read_skipped(_run: RunPaths, path: Path) -> list[int]:
     return state.skipped
 
 
+def make_ds_config(run: RunPaths) -> Path:
+    path = run.stage(STAGE).path / "ds_config.json"
+    sections = {"optimizer": {"type": "AdamW", "params": {"lr": 0.001, "eps": 1e-8}}, "zero_optimization": {"stage": 1}}
+    write_json(path, {"train_micro_batch_size_per_gpu": 1, **sections})
+    return path
+
+
 READERS: dict[str, tuple[Callable[[RunPaths], Path], Callable[[RunPaths, Path], object]]] = {
     "data manifest": (lambda run: run.manifest("prose"), lambda run, path: DataManifest.read(path)),
     "tokenizer manifest": (lambda run: run.tokenizer, lambda run, path: TokenizerManifest.read(path)),
@@ -81,6 +89,10 @@ READERS: dict[str, tuple[Callable[[RunPaths], Path], Callable[[RunPaths, Path], 
     "identity.json": (lambda run: weights_of(run).identity, read_identity),
     "skipped batches": (lambda run: weights_of(run).skipped_batches, read_skipped),
     "tracker runs": (lambda run: weights_of(run).tracker_runs, lambda run, path: _run_ids(path.parent)),
+    "ds_config.json": (
+        make_ds_config,
+        lambda run, path: peak_learning_rate(SimpleNamespace(deepspeed=str(path))) > 0,  # type: ignore[arg-type]
+    ),
     "packs": (
         lambda run: next(weights_of(run).samples.glob("*.json")),
         lambda run, path: read_typed_json(path, PackTotals),
