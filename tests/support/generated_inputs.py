@@ -285,6 +285,31 @@ PATTERNS = st.sampled_from(
         "\x00",
     ]
 )
+_GENERATION_KEYS = TEXTS | st.sampled_from(
+    ["temperature", "top_k", "max_new_tokens", "eos_token_id", "to_dict", "__dict__"]
+)
+_TOKENIZER_KEYS = TEXTS | st.sampled_from(
+    [
+        *("eos_token", "bos_token", "pad_token", "image_token", "extra_special_tokens", "additional_special_tokens"),
+        *("added_tokens_decoder", "model_specific_special_tokens", "chat_template", "model_max_length", "padding_side"),
+        *(
+            "tokenizer_class",
+            "auto_map",
+            "post_processor",
+            "tokenizer_object",
+            "tokenizer_truncation",
+            "backend",
+            "vocab",
+        ),
+        *("_tokenizer", "__dict__", "decode", "split_special_tokens", "model_input_names", "init_inputs", "gguf_file"),
+    ]
+)
+
+
+def _json_bytes(value: Json) -> bytes:
+    return json.dumps(value).encode()
+
+
 MODEL_FILES = st.fixed_dictionaries(
     {
         "config.json": st.one_of(
@@ -305,8 +330,12 @@ MODEL_FILES = st.fixed_dictionaries(
     optional={
         "model.safetensors.index.json": JSON.map(lambda value: json.dumps(value).encode()),
         "tokenizer.json": st.binary(max_size=9),
+        "generation_config.json": st.dictionaries(_GENERATION_KEYS, JSON, max_size=3).map(_json_bytes)
+        | JSON.map(_json_bytes),
     },
 )
+TOKENIZER_SETTINGS = st.dictionaries(_TOKENIZER_KEYS, JSON, max_size=3)
+"""Keys of tokenizer_config.json and special_tokens_map.json."""
 
 
 class Inputs(NamedTuple):

@@ -24,6 +24,7 @@ from longhaul.config.load_config import load_config
 from longhaul.data.check_first_rows import check_inputs
 from longhaul.data.readers.read_documents import read_documents
 from longhaul.data.sampling.samples import Samples
+from longhaul.data.tokenizers.build_tokenizer import DEFAULT_CHAT_TEMPLATE
 from longhaul.data.tokenizers.document_encoder import DocumentEncoder
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_spec, jobs_of
@@ -34,9 +35,9 @@ from longhaul.report.plan_table import print_plan
 from longhaul.report.run_results import read_run
 from tests.support import train_planned_run
 from tests.support.chat_families import FAMILIES, make_family_tokenizer
-from tests.support.corpora import dataset
+from tests.support.corpora import dataset, make_tokenizer
 from tests.support.finished_run_files import write_finished_run
-from tests.support.generated_inputs import CHAT_ROWS, Inputs, inputs, tampered
+from tests.support.generated_inputs import CHAT_ROWS, TOKENIZER_SETTINGS, Inputs, inputs, tampered
 from tests.support.generated_trainings import trainings
 from tests.support.pipeline_run import local_site, write_data, write_site
 from tests.support.ranks import run_worker
@@ -136,6 +137,33 @@ def test_any_chat_row_is_encoded_or_refused(encoders: dict[str, DocumentEncoder]
                 assert_is_message(error)
             if len(encoded.lengths):
                 assert encoded.mask is not None and np.any(encoded.mask[1:])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "a.txt").write_text("one ship sails, two ships sail\n" * 50)
+    return Path(make_tokenizer(folder, [folder / "a.txt"]).path)
+
+
+@given(changes=TOKENIZER_SETTINGS, special=st.none() | TOKENIZER_SETTINGS, data=st.data())
+def test_any_tokenizer_folder_is_built_or_refused(
+    tokenizer: Path, changes: dict[str, Any], special: dict[str, Any] | None, data: st.DataObject
+):
+    content = (tokenizer / "tokenizer.json").read_bytes()
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "tokenizer"
+        folder.mkdir()
+        (folder / "tokenizer.json").write_bytes(data.draw(st.just(content) | tampered(content)))
+        (folder / "tokenizer_config.json").write_text(json.dumps({**config, **changes}))
+        if special is not None:
+            (folder / "special_tokens_map.json").write_text(json.dumps(special))
+        try:
+            with ends_in_time(), contextlib.redirect_stdout(io.StringIO()):
+                make_tokenizer(Path(name), path=str(folder), chat_template=str(DEFAULT_CHAT_TEMPLATE))
+        except UserError as error:
+            assert_is_message(error)
 
 
 def prepare_data(plan: Plan) -> None:
