@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -22,12 +23,13 @@ from longhaul.config.serve_check_config import ServeCheck
 from longhaul.config.serve_config import Serve
 from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
+from longhaul.serving.engines import LOOPBACK
 from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT, manifest_of
 from tests.serve.serve_record import LADDER, STREAMS, TRANSFORMERS_SERVE, VICTIMS, ServeRecord
 from tests.serve.test_engines import vllm_bound
-from tests.support.served_run import processes_in
-from tests.support.wait import wait_for_end
+from tests.support.served_run import answer, processes_in
+from tests.support.wait import wait_for, wait_for_end
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the demo also waits for its training
 SERVING = Serving(
@@ -141,22 +143,27 @@ def name_of(process: psutil.Process) -> str:
         return ""
 
 
-def start_until_vllm_has_a_worker(job: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+def start_until_vllm_answers(job: Path) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     """Start a check in its folder; return it and all processes below it: guardian, server, engine core, worker."""
     check = subprocess.Popen(command(job), cwd=job.parent)
-    end = time.monotonic() + 300
-    processes: list[psutil.Process] = []
-    while time.monotonic() < end and not any("VLLM::Worker" in name_of(process) for process in processes):
+
+    def is_healthy() -> bool:
         assert check.poll() is None
-        time.sleep(0.5)
-        processes = psutil.Process(check.pid).children(recursive=True)
-    return check, processes
+        commands = " ".join(map(name_of, psutil.Process(check.pid).children()))
+        ports = re.findall(r" --port (\d+)", commands)
+        with suppress(OSError):
+            return bool(ports) and answer(f"http://{LOOPBACK}:{ports[0]}/health") == 200
+        return False
+
+    wait_for(is_healthy, 300)
+    return check, psutil.Process(check.pid).children(recursive=True)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_no_process_is_left_after_kill_9(victim: str, demo: Path, tmp_path: Path, record: ServeRecord):
+    """It comes while the server answers the check."""
     folder = tmp_path.resolve()
-    check, processes = start_until_vllm_has_a_worker(write_job(folder, demo, (1,), DEMO_SERVING))
+    check, processes = start_until_vllm_answers(write_job(folder, demo, LADDER, DEMO_SERVING))
     worker = next(process for process in processes if "VLLM::Worker" in name_of(process))
     victims = {"check": check.pid, "guardian": processes[0].pid, "server": processes[1].pid, "worker": worker.pid}
     os.kill(victims[victim], signal.SIGKILL)
