@@ -404,9 +404,8 @@ def test_gpu_whose_reset_failed_is_bad_and_other_resets_are_a_warning(read: Any)
     node = {"host": "n1", "gpus": [], "measured": None, "hardware": hardware(
         gpus=GpuReading([], "no NVML"), amd_gpus=reading, kernel_log=KernelLog([], amd_errors=events))}  # fmt: skip
     facts = [{**two_gpu_nodes()[0], **node, "cpus": 96}]
-    found = [
-        row for row in hardware_rows(facts, environment_job(build="rocm 6.4", nodes=1)) if row["check"] == "kernel log"
-    ]
+    job = environment_job(build="rocm 6.4", nodes=1, gpus_per_node=2)
+    found = [row for row in hardware_rows(facts, job) if row["check"] == "kernel log"]
     assert [(row["component"], row["result"]) for row in found] == [
         (f"GPU {OTHER}", "fail"),
         (f"GPU {ADDRESS}", "warn"),
@@ -418,5 +417,16 @@ def test_gpu_whose_reset_failed_is_bad_and_other_resets_are_a_warning(read: Any)
     ]
     assert found[1]["value"] == "GPU reset, 2 times: amdgpu: GPU reset begin!"
     assert "a program can cause a reset" in found[1]["remedy"] and "this job does not use the GPU" in found[2]["remedy"]
-    quiet, closed = (list(amd_kernel_log_rows("n1", log, reading)) for log in (KernelLog([]), KernelLog([], "closed")))
+    quiet, closed = (
+        list(amd_kernel_log_rows("n1", log, reading, 2)) for log in (KernelLog([]), KernelLog([], "closed"))
+    )
     assert [row["result"] for row in (*quiet, *closed)] == ["ok", "unknown"]
+
+
+def test_gpu_that_torch_cannot_use_after_a_failed_reset_is_one_of_the_job(read: Any):
+    """The node shows one GPU of two, so the one that is missing is not another job's."""
+    log = KernelLog([], amd_errors=[AmdKernelError("failed GPU reset", OTHER, 1, "amdgpu: GPU reset(1) failed")])
+    reading = read(mi300x(0), mi300x(1), addresses=(ADDRESS,))
+    results_by_gpus = {gpus: list(amd_kernel_log_rows("n1", log, reading, gpus)) for gpus in (1, 2)}
+    assert [row["result"] for rows in results_by_gpus.values() for row in rows] == ["warn", "fail"]
+    assert "restart it" in results_by_gpus[2][0]["remedy"]

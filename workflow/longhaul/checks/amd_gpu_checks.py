@@ -119,18 +119,23 @@ def _xgmi_row(component: Component, gpu: AmdGpuFacts, usual: int) -> CheckRow:
     return component.row("XGMI links", value, f"{usual} active", "fail" if is_short else "ok", remedy)
 
 
-def amd_kernel_log_rows(node: str, log: KernelLog, reading: AmdReading) -> Iterator[CheckRow]:
-    """Yield a row per kind of event of a GPU, or one row if there is none. reading: the GPUs of the job"""
+def amd_kernel_log_rows(node: str, log: KernelLog, reading: AmdReading, gpus_per_node: int) -> Iterator[CheckRow]:
+    """Yield a row per kind of event of a GPU, or one row if there is none.
+
+    reading:       the GPUs of the job, as far as torch can use them
+    gpus_per_node: how many the job needs
+    """
     if log.unreadable:
         yield Component(node).unknown("kernel log", log.unreadable, _NO_KERNEL_ERRORS, OPEN_LOG)
     elif not log.amd_errors:
         yield Component(node).row("kernel log", _NO_KERNEL_ERRORS, _NO_KERNEL_ERRORS)
+    lacks_gpus = len(reading.gpus) < gpus_per_node  # torch does not show a GPU that a failed reset left behind
     for error in log.amd_errors:
-        yield _kernel_error_row(Component(node, f"GPU {error.address}"), error, reading)
+        is_of_job = lacks_gpus or is_of(error, [gpu.address for gpu in reading.gpus])
+        yield _kernel_error_row(Component(node, f"GPU {error.address}"), error, is_of_job)
 
 
-def _kernel_error_row(component: Component, error: AmdKernelError, reading: AmdReading) -> CheckRow:
-    is_of_job = is_of(error, [gpu.address for gpu in reading.gpus])
+def _kernel_error_row(component: Component, error: AmdKernelError, is_of_job: bool) -> CheckRow:
     result: Result = "fail" if is_of_job and error.event == FAILED_RESET else "warn"
     remedy = NOT_OF_JOB if not is_of_job else _RESTART if result == "fail" else _WATCH_RESETS
     often = f", {error.count} times" if error.count > 1 else ""

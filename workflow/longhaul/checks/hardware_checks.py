@@ -84,7 +84,7 @@ def _gpu_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     if job.build.startswith("rocm"):
         rows = amd_rows({node: facts.amd_gpus for node, facts in hardware.items()}, job.gpus_per_node)
         for node, facts in hardware.items():
-            rows += amd_kernel_log_rows(node, facts.kernel_log, facts.amd_gpus)
+            rows += amd_kernel_log_rows(node, facts.kernel_log, facts.amd_gpus, job.gpus_per_node)
         return rows
     if not job.build.startswith("cuda"):
         return []
