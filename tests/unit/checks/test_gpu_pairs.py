@@ -187,8 +187,20 @@ def test_copies_that_do_not_use_the_nvlinks_are_a_warning(gpu: str, gpus: int, p
     lines = warning_lines(rows(found, gpus=gpus, gpu=gpu))
     assert len(lines) == bool(expected), "no GPU is named, as all are equal"
     if expected:
-        assert f"{rate:g} GB/s, expected >= {expected}" in lines[0]
+        assert f"{rate:g} GB/s, expected >= {expected}; let the admins check peer access" in lines[0]
+        assert "set node_minimums.nvlinks of the site file to 0" in lines[0]
     assert warning_lines(rows(found, gpus=gpus, gpu=gpu, nvlinks=0)) == [], "the site says that there are none"
+
+
+def test_node_all_of_whose_pairs_are_slow_has_one_row():
+    """A row for each of 28 pairs would hide the other nodes; rates that differ a bit are not merged."""
+    unused = {pair: 20.0 + number / 10 for number, pair in enumerate(ALL_PAIRS)}
+    (line,) = warning_lines(rows(nvlink_pairs(unused), gpu=H100))
+    assert line.startswith(
+        "n1: copies between GPUs: 28 of 28 pairs are slow: 20 to 22.7 GB/s, expected >= 270 GB/s (18 NVLinks"
+    )
+    found = rows(nvlink_pairs(unused), *[nvlink_pairs()] * 2, gpu=H100)
+    assert bad(found) == [("n1", "", "fail")], "the other nodes are fast"
 
 
 def test_slow_pair_over_pcie_warns():

@@ -79,11 +79,17 @@ class RateLimits:
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit of a rate. origin: where it is from, for people; below: result of a lower rate"""
+    """A limit of a rate.
+
+    origin: where it is from, for people
+    below:  result of a lower rate
+    remedy: of a lower rate; "": that of the RateCheck
+    """
 
     minimum: float
     origin: str
     below: Result
+    remedy: str = ""
 
 
 def rate_rows(measured: Mapping[str, NodeMeasurements], limits: RateLimits) -> Iterator[CheckRow]:
@@ -180,4 +186,5 @@ def rate_row(check: RateCheck, component: Component, rate: float, limits: list[L
     shown = next(iter(missed), max(limits, key=lambda limit: limit.minimum, default=None))
     expected = f">= {shown.minimum:.3g} {check.unit} ({shown.origin})" if shown else "measured only"
     result: Result = missed[0].below if missed else "ok"
-    return component.row(check.check, f"{rate:.3g} {check.unit}", expected, result, check.remedy)
+    remedy = (shown.remedy if shown else "") or check.remedy
+    return component.row(check.check, f"{rate:.3g} {check.unit}", expected, result, remedy)

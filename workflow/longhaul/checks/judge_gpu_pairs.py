@@ -34,6 +34,10 @@ _WRONG = "never train on it: exclude the node, and let the admins check the link
 _TOOLS = "(nvidia-smi nvlink -s, amd-smi xgmi), the PCIe links, and ACS and IOMMU of the PCIe bridges"
 _SLOW = f"exclude the node; let the admins check the links between these GPUs {_TOOLS}"
 _SLOW_GPU = f"exclude the node; let the admins check the links of this GPU {_TOOLS}"
+_UNUSED_NVLINKS = (
+    "let the admins check peer access (nvidia-smi topo -p2p r) and Fabric Manager (systemctl status nvidia-fabricmanager); if "
+    "the GPUs of this site have no NVLinks, set node_minimums.nvlinks of the site file to 0"
+)
 
 Measured = Mapping[str, NodeMeasurements]
 """Node -> what it measured."""
@@ -52,7 +56,10 @@ def wrong_copy_rows(measured: Measured) -> Iterator[CheckRow]:
 
 
 def copy_rate_rows(measured: Measured, limits: RateLimits) -> Iterator[CheckRow]:
-    """Yield a row per GPU most of whose pairs are slow, per other slow pair, and for the good pairs of each node and path."""
+    """Yield a row per GPU most of whose pairs are slow, per other slow pair, and for the good pairs of each node and path.
+
+    A node all of whose pairs are slow has one row.
+    """
     medians = _medians(measured)
     for node, found in measured.items():
         rows = {
@@ -79,17 +86,26 @@ Rows = Mapping[tuple[int, int], CheckRow]
 def _slow_rows(node: str, found: NodeMeasurements, rows: Rows) -> Iterator[CheckRow]:
     """Yield the rows of what is slow. A GPU with bad links makes its pairs slow, which blames their other GPUs, too."""
     slow = {pair: row for pair, row in rows.items() if row["result"] != "ok"}
+    rates = {(pair.first, pair.second): pair.gb_per_s for pair in found.gpu_pairs}
+    if 1 < len(slow) == len(rows):
+        yield _row_of_several(Component(node), slow, rates, pairs=len(rows))
+        return
     pairs_of = {gpu: [pair for pair in rows if gpu in pair] for pair in rows for gpu in pair}
     bad_gpus = nodes_of_most_slow_pairs(pairs_of, slow)
     if 2 * len(bad_gpus) >= len(pairs_of):  # the fault is none of a GPU; with two GPUs, nobody knows which one it is of
         bad_gpus = set()
     for gpu in sorted(bad_gpus):
-        own = [pair for pair in pairs_of[gpu] if pair in slow]
-        rates = {(pair.first, pair.second): pair.gb_per_s for pair in found.gpu_pairs}
-        value = f"{len(own)} of {len(pairs_of[gpu])} pairs are slow: {_range_text(rates[pair] for pair in own)}"
-        worst = slow[min(own, key=lambda pair: (slow[pair]["result"] != "fail", rates[pair]))]
-        yield Component(node, found.devices[gpu].name).row(_RATE, value, worst["expected"], worst["result"], _SLOW_GPU)
+        own = {pair: slow[pair] for pair in pairs_of[gpu] if pair in slow}
+        component = Component(node, found.devices[gpu].name)
+        yield {**_row_of_several(component, own, rates, pairs=len(pairs_of[gpu])), "remedy": _SLOW_GPU}
     yield from (row for pair, row in slow.items() if bad_gpus.isdisjoint(pair))
+
+
+def _row_of_several(component: Component, slow: Rows, rates: Mapping[tuple[int, int], float], pairs: int) -> CheckRow:
+    """Return one row for slow pairs, with result, limit and remedy of the worst one. pairs: how many there are, good ones too"""
+    worst = slow[min(slow, key=lambda pair: (slow[pair]["result"] != "fail", rates[pair]))]
+    value = f"{len(slow)} of {pairs} pairs are slow: {_range_text(rates[pair] for pair in slow)}"
+    return component.row(_RATE, value, worst["expected"], worst["result"], worst["remedy"])
 
 
 def _good_rows(node: str, found: NodeMeasurements, rows: Rows) -> Iterator[CheckRow]:
@@ -125,7 +141,7 @@ def _nvlink_limits(limits: RateLimits, gpus: int) -> list[Limit]:
     of_site = limits.minimums.nvlinks  # 0: the site has them without NVLinks
     links = least_nvlinks_of_pair(sheet.nvlinks if of_site is None else of_site, gpus)
     origin = f"{links} NVLinks have {links * NVLINK_GB_PER_S} GB/s"
-    return [Limit(min_copy_over_nvlinks(links), origin, "warn")] if links else []
+    return [Limit(min_copy_over_nvlinks(links), origin, "warn", _UNUSED_NVLINKS)] if links else []
 
 
 def _medians(measured: Measured) -> dict[object, float]:
