@@ -110,6 +110,12 @@ int nvmlDeviceGetNvLinkState(void *gpu, uint link, uint *out) {
     if (!code) *out = (uint)state;
     return code;
 }
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *gpu, uint link, pci_info *out) {
+    char name[64];
+    snprintf(name, sizeof name, "remote%u", link);
+    memset(out, 0, sizeof *out);
+    return copy((size_t)gpu - 1, name, out->bus_id, sizeof out->bus_id);
+}
 int nvmlDeviceGetNvLinkErrorCounter(void *gpu, uint link, uint counter, ull *out) {
     static const char *names[] = {"replays", "recoveries", "crc_flits", "crc_data"};
     ull lacks_counters = 0;

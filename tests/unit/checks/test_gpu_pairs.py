@@ -203,6 +203,20 @@ def test_node_all_of_whose_pairs_are_slow_has_one_row():
     assert bad(found) == [("n1", "", "fail")], "the other nodes are fast"
 
 
+def test_pairs_with_one_nvlink_are_not_compared_with_pairs_that_have_two():
+    """Eight V100: 48 GB/s over two links, 24 over one (nvidia-smi topo -m of a DGX-1), and a slow pair of each."""
+    links = {(0, 3): 2, (0, 4): 2, (1, 2): 2, (1, 5): 2, (2, 3): 2, (4, 7): 2, (5, 6): 2, (6, 7): 2,
+             (0, 1): 1, (0, 2): 1, (1, 3): 1, (2, 6): 1, (3, 7): 1, (4, 5): 1, (4, 6): 1, (5, 7): 1}  # fmt: skip
+    paths = {pair: f"NVLink x{links[pair]}" if pair in links else "SYS" for pair in ALL_PAIRS}
+    healthy = [GpuPair(*pair, 24.0 * links.get(pair, 0.4), 0, path) for pair, path in paths.items()]
+    assert bad(rows(healthy, gpu="Tesla V100-SXM2-32GB")) == []
+    slow = [replace(pair, gb_per_s=11.0) if pair.first == 5 else pair for pair in healthy]
+    assert bad(rows(slow, gpu="Tesla V100-SXM2-32GB")) == [
+        ("n1", "GPU 5 <-> GPU 6", "fail"),
+        ("n1", "GPU 5 <-> GPU 7", "fail"),
+    ]
+
+
 def test_slow_pair_over_pcie_warns():
     assert bad(rows(pcie_pairs({(1, 2): 13.0}))) == [("n1", "GPU 1 <-> GPU 2", "warn")]
 

@@ -110,6 +110,15 @@ def test_each_gpu_has_the_paths_to_the_others(library: Path):
     )
 
 
+def test_path_over_direct_nvlinks_has_their_number(library: Path):
+    """Of GPU 0, two links lead to GPU 1, one to GPU 2, and one to a switch: pairs with one link have half the rate."""
+    gpus = [healthy_gpu("H100", index) | {f"nvlinks_to{other}": 1 for other in range(4)} for index in range(4)]
+    remotes = (gpus[1]["pci"], gpus[2]["pci"], gpus[1]["pci"], "00000000:05:00.0")
+    gpus[0] |= {f"remote{link}": address for link, address in enumerate(remotes)}
+    found = read(library, gpus).gpus
+    assert list(found[0].paths.values()) == ["NVLink x2", "NVLink x1", "NVLink"]
+
+
 def test_gpu_without_nvlinks_and_without_ecc_counts_is_unknown_and_not_bad(library: Path):
     """As a PCIe card in a virtual machine: NVML answers Not Supported."""
     lacking = ("corrected", "remap_pending", "reasons", *(f"nvlink{link}" for link in range(18)))

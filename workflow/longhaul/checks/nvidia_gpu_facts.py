@@ -7,6 +7,7 @@ have is None, and `unavailable` holds NVML's reason.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ class GpuFacts:
     nvlinks:       number of active NVLinks
     nvlinks_down:  numbers of the NVLinks that are not active
     nvlink_errors: kind of NVLINK_ERRORS -> number of an NVLink -> errors
-    paths:         UUID of another GPU of the node -> NVLINK_PATH, else a word of PATHS
+    paths:         UUID of another GPU of the node -> NVLINK_PATH, else a word of PATHS; `NVLink x2` for two direct links
 
     nvlink_errors_before: the same in an earlier reading, `watched_s` seconds before
     """
@@ -138,20 +139,33 @@ def _read_all(pynvml: Any, is_loaded: bool) -> GpuReading:
 
 def _paths(pynvml: Any, gpu: GpuFacts, gpus: Iterable[GpuFacts]) -> dict[str, str]:
     """Return the paths to the other GPUs of the node, as far as NVML knows them: virtual machines hide them."""
-    paths = {}
+    paths, links = {}, _direct_nvlinks(pynvml, gpu)
     for other in gpus:
         with suppress(pynvml.NVMLError):
             if other.uuid != gpu.uuid:
                 handles = [pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other)]
-                paths[other.uuid] = _path(pynvml, *handles)
+                paths[other.uuid] = _path(pynvml, *handles, links[other.pci_address])
     return paths
 
 
-def _path(pynvml: Any, gpu: Any, other: Any) -> str:
-    """Return the path that copies take, as `nvidia-smi topo -m` shows it: NVLink where it connects the GPUs."""
+def _direct_nvlinks(pynvml: Any, gpu: GpuFacts) -> Counter[str]:
+    """Return PCI address -> number of NVLinks to it. With NVSwitches, all links of a GPU lead to switches."""
+    found: Counter[str] = Counter()
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS if gpu.nvlinks else 0):
+        with suppress(pynvml.NVMLError):
+            handle = pynvml.nvmlDeviceGetHandleByIndex(gpu.index)
+            found[_bus_id(pynvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link))] += 1
+    return found
+
+
+def _path(pynvml: Any, gpu: Any, other: Any, links: int) -> str:
+    """Return the path that copies take, as `nvidia-smi topo -m` shows it: NVLink where it connects the GPUs.
+
+    links: NVLinks between the two GPUs. On V100 servers without NVSwitches, some GPUs have two and others one or none.
+    """
     with suppress(pynvml.NVMLError):
         if pynvml.nvmlDeviceGetP2PStatus(gpu, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
-            return NVLINK_PATH
+            return f"{NVLINK_PATH} x{links}" if links else NVLINK_PATH
     level = pynvml.nvmlDeviceGetTopologyCommonAncestor(gpu, other)
     return PATHS.get(level, f"level {level}")
 
@@ -265,7 +279,12 @@ def _gpu_facts(pynvml: Any, index: int, handle: Any, is_loaded: bool) -> GpuFact
 def _pci_address(nvml: _Nvml) -> str:
     """Return the address as NVML writes it, 00000000:3B:00.0; "" if it is unknown."""
     found = nvml.read("pci_address", "PciInfo")
-    return "" if found is None else found.busId.decode() if isinstance(found.busId, bytes) else str(found.busId)
+    return "" if found is None else _bus_id(found)
+
+
+def _bus_id(pci: Any) -> str:
+    """Return the address in an nvmlPciInfo_t. nvidia-ml-py has bytes or text there, by its version."""
+    return pci.busId.decode() if isinstance(pci.busId, bytes) else str(pci.busId)
 
 
 def _slowdowns(nvml: _Nvml) -> list[str] | None:
