@@ -386,6 +386,20 @@ def attempt_of(run: RunFolder, number: int, *lines: str) -> Path:
     return log
 
 
+def test_preempted_job_that_waits_in_the_queue_again_has_no_problem(tmp_path: Path) -> None:
+    """With GraceTime, slurmstepd says at SIGTERM only that it ends the step, and never that it is a preemption."""
+    run = RunFolder(tmp_path)
+    run.main_process()
+    run.state(TRAIN, "waiting", reason="SIGTERM from Slurm")
+    attempt_of(run, 1, "0: slurmstepd-n1: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-28T16:40:22 ***")
+    findings = found(run, train_base=QueuedJob("7", "PENDING", "Priority", "N/A"))
+    assert [finding.cause for finding in findings if not finding.is_note] == []
+    (log_note,) = (finding for finding in findings if "processes of a step" in finding.cause)
+    assert log_note.remedy.startswith("none is needed")
+    (problem,) = (finding for finding in found(run, train_base=QueuedJob("7", "RUNNING", "None", "N/A")))
+    assert "processes of a step" in problem.cause and not problem.is_note, "the attempt that runs"
+
+
 def test_cause_of_an_earlier_attempt_is_in_its_own_log(tmp_path: Path) -> None:
     """Messages of other ranks are left out, as the cause is known. The last attempt of a finished job is fine."""
     run = RunFolder(tmp_path)

@@ -85,14 +85,17 @@ def diagnose(
 
 
 def _present_problems(job: JobStatus, logs: _JobLogs) -> Iterator[Finding]:
-    """Yield what the logs of a job that is not done show. Of a job that still runs, the newest attempt alone counts."""
+    """Yield what the logs of a job that is not done show.
+
+    Of a job that runs, the newest attempt alone counts. All attempts of a job that waits in Slurm's queue have ended.
+    """
     if job.state == DONE:
         return
-    goes_on = job.state in (RUNNING, QUEUED)
-    searched = [*logs.of_rule, *logs.attempts[-1:]] if goes_on else [*logs.of_rule, *logs.attempts, *logs.of_sbatch]
-    for path in searched:
+    attempts = {QUEUED: [], RUNNING: logs.attempts[-1:]}.get(job.state, logs.attempts)
+    of_sbatch = [] if job.state in (QUEUED, RUNNING) else logs.of_sbatch
+    for path in [*logs.of_rule, *attempts, *of_sbatch]:
         yield from search_log(job.name, path)
-    if logs.attempts:
+    if attempts:
         yield from stalled_collectives(job.name, logs.attempts[-1], _nodes(job))
 
 
@@ -109,10 +112,11 @@ def _past_faults(job: JobStatus, logs: _JobLogs) -> list[Finding]:
     """Return the faults that a job has survived; of a failed job, its failure says them."""
     if job.state in (FAILED, STARTS_AGAIN, INTERRUPTED, UNKNOWN, NOT_STARTED):
         return []
-    found = [finding for path in [*logs.attempts[:-1], *logs.of_sbatch] for finding in search_log(job.name, path)]
+    ended = logs.attempts if job.state == QUEUED else logs.attempts[:-1]
+    found = [finding for path in [*ended, *logs.of_sbatch] for finding in search_log(job.name, path)]
     if job.state == DONE:
         found += [finding for path in logs.attempts[-1:] for finding in search_log(job.name, path) if finding.is_note]
-    found += [finding for path in logs.attempts[:-1] for finding in stalled_collectives(job.name, path, [])]
+    found += [finding for path in ended for finding in stalled_collectives(job.name, path, [])]
     history = JobFolder(Path(job.folder)).history
     return past_faults(job.name, history, read_events(history), found)
 
