@@ -33,6 +33,8 @@ from longhaul.planning.slurm_request import (
     gpu_request,
     one_minute_request,
 )
+from longhaul.report.ended_jobs import EndedJob, how_it_ended
+from longhaul.report.search_logs import match_line
 from tests.support.small_configs import plan_of
 
 SHORT = {"-t": "--time", "-p": "--partition", "-A": "--account", "-C": "--constraint", "-D": "--chdir"}
@@ -338,6 +340,17 @@ def test_cpu_job_with_few_cores_gets_a_whole_node_where_jobs_get_only_whole_node
     assert cpu_request(site(GPU, whole), 9, COUNT_CHATS) == cpu_request(site(GPU, whole), 9)
     for shares in (site(shared()), site(GPU)):
         assert cpu_request(shares, 9, COUNT_CHATS) == cpu_request(shares, 9), "on a GPU partition a share, as others"
+
+
+def test_a_cpu_job_with_few_cores_gets_more_memory_as_doctor_says():
+    larger = CPU.model_copy(update={"node": CPU.node.model_copy(update={"memory_mb": 2 * CPU.node.memory_mb})})
+    few, after = (cpu_request(site(GPU, partition), 9, LOAD_TOKENIZER) for partition in (CPU, larger))
+    assert few.memory_mb == after.memory_mb, "memory_mb of the site file changes nothing"
+    problem = match_line("slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.")
+    for remedy in (problem and problem["remedy"], how_it_ended("7", EndedJob("OUT_OF_MEMORY", "0:125", "", "", ""))[1]):
+        assert remedy and "site file (exclusive: true for a CPU job of few cores)" in remedy
+    whole = cpu_request(site(GPU, CPU.model_copy(update={"exclusive": True})), 9, LOAD_TOKENIZER)
+    assert whole.memory_mb == CPU.node.memory_mb and whole.exclusive
 
 
 def test_only_jobs_that_use_many_cores_ask_for_a_whole_cpu_node(tmp_path: Path):

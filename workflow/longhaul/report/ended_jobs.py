@@ -32,7 +32,7 @@ _CAUSES = {
     "BOOT_FAIL": ("a node did not boot", "tell the administrators if it happens again"),
     "OUT_OF_MEMORY": (
         "its processes used more memory of a node than it asked for",
-        "ask for more memory in the site file, lower the number of workers, or use less offload",
+        "ask for more memory in the site file (exclusive: true for a CPU job of few cores), use fewer workers, or offload less",
     ),
     "TIMEOUT": ("it reached its time limit", "if no checkpoint was saved, raise minutes or save more often"),
     "DEADLINE": ("it reached its deadline", "submit without --deadline, or with a later one"),
