@@ -43,6 +43,13 @@ def test_settings_that_transformers_cannot_load_are_refused(tmp_path: Path):
     assert {case: error for case, error in failures.items() if error} == {}
 
 
+@pytest.mark.parametrize("cache", ["dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid"])
+def test_every_usual_cache_is_accepted(cache: str, tmp_path: Path):
+    settings = {"eos_token_id": 1, "cache_implementation": cache}
+    check_generation_keys(settings)
+    assert not failure(settings, tmp_path)
+
+
 def test_usual_settings_are_accepted(tmp_path: Path):
     settings = {"bos_token_id": 1, "eos_token_id": [1, 2], "pad_token_id": 1, "do_sample": True, "temperature": 0.7}
     settings |= {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "transformers_version": "4.37.0"}

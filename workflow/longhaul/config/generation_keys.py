@@ -35,7 +35,9 @@ class _GenerationKeys(BaseModel):
     early_stopping: bool | Literal["never"] | None = None
     assistant_ensemble_weight: Annotated[float, Field(gt=0, lt=1)] | None = None
     suppress_tokens: tuple[int, ...] | None = None
-    cache_implementation: None = None
+    cache_implementation: (
+        Literal["dynamic", "static", "offloaded", "offloaded_static", "quantized", "hybrid"] | None
+    ) = None
     compile_config: None = None
     watermarking_config: None = None
 
