@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ from longhaul.report.ended_jobs import EndedJob
 from longhaul.report.run_status import NOT_STARTED, read_status
 from longhaul.report.search_logs import Finding, known_problems, match_line, search_log
 from longhaul.report.slurm_queue_types import Queue, QueuedJob
+from longhaul.serving.engines import LOOPBACK
+from longhaul.serving.server_process import require_free_port
 from tests.support.run_folder import TRAIN, RunFolder
 
 SLURM_ENDINGS = {
@@ -250,6 +253,17 @@ def test_server_that_failed_waits_or_was_killed_is_explained(tmp_path: Path) -> 
     recorded, in_log = found(run)
     assert (recorded.cause, recorded.remedy) == ("no module named vllm", "install vllm")
     assert recorded.evidence == str(folder.failure) and in_log.evidence.startswith(f"{log}:1: ")
+
+
+def test_port_of_a_server_that_is_in_use_is_not_called_that_of_rank_0_alone() -> None:
+    with socket.socket() as taken:
+        taken.bind((LOOPBACK, 0))
+        taken.listen()
+        with pytest.raises(UserError) as refused:
+            require_free_port(LOOPBACK, taken.getsockname()[1])
+    problem = match_line(f"error: {refused.value}")
+    assert problem and problem["name"] == "port-in-use"
+    assert "or of a server" in problem["cause"] and "serve.port" in problem["remedy"]
 
 
 def test_job_that_left_no_record_is_explained_by_the_accounting(tmp_path: Path) -> None:
