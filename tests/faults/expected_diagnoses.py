@@ -14,6 +14,8 @@ _ALLOCATION_ENDED = "Slurm ended the allocation before the job was done, for a p
 """Slurm signals a job at the begin of its grace time and does not say why."""
 _NODE_LOST = "a node died|does not respond|sent no heartbeat"
 _BATCHES_SKIPPED = "the gradient norm of some batches was not finite or jumped, so they were skipped"
+STOPPED_FIRST = "cancelled by scancel"
+"""What some cases do to a run before they damage its files. It is the cause where nothing else is worth a word."""
 EXPECTED = {
     "kill -9 of a rank": _KILLED,
     "kill -9 of rank 0": _KILLED,
@@ -23,7 +25,7 @@ EXPECTED = {
     "kill -9 of the main snakemake": f"{_MAIN_ENDED}|the main process of the run was killed",
     "SIGINT of the main snakemake": f"{_MAIN_ENDED}|cancelled by scancel|{_STOPPED}",
     "SIGTERM of the main snakemake": f"{_MAIN_ENDED}|{_STOPPED}",
-    "scancel": "cancelled by scancel",
+    "scancel": STOPPED_FIRST,
     "scontrol requeue": "the job was put back into Slurm's queue",
     "preemption": _PREEMPTED,
     "preemption of one process": _PREEMPTED,
@@ -47,11 +49,11 @@ EXPECTED = {
     "weights folder not writable, then writable": "Read-only file system",
     "clock wrong, then right": "clock is [+]3600",
     "host names not resolved": "cannot resolve n",
-    "payload in the newest checkpoint": "is not read, because it holds more than tensors|cancelled by scancel",
-    "token shard damaged": "does not have the SHA-256|cancelled by scancel",
+    "payload in the newest checkpoint": "is not read, because it holds more than tensors",
+    "token shard damaged": "does not have the SHA-256",
     "tokenizer damaged": "does not have the SHA-256",
-    "records torn": "cancelled by scancel",
-    "newest checkpoint damaged": "a checkpoint is damaged|cancelled by scancel",
+    "records torn": STOPPED_FIRST,
+    "newest checkpoint damaged": "a checkpoint is damaged",
     "time limit of the controller job": "controller.sbatch, has ended: the job reached its time limit",
     "NaN in 3 batches, skip": _BATCHES_SKIPPED,
     "NaN in 3 batches, roll_back": _BATCHES_SKIPPED,
