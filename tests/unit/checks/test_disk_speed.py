@@ -38,6 +38,23 @@ def test_other_bytes_than_were_written_are_found(
     assert len(reads) == (6 if is_corrupt else 8) and list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("read_instead", [0, None], ids=["the first block", "nothing"])
+def test_other_block_than_was_asked_for_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_instead: int | None
+):
+    """The third of four blocks is verified with the seventh read."""
+    reads: list[int] = []
+
+    def read(handle: int, blocks: list[bytearray], readv: Any = os.readv, preadv: Any = os.preadv) -> int:
+        reads.append(handle)
+        if len(reads) == 7:
+            return 0 if read_instead is None else preadv(handle, blocks, read_instead * BLOCK_BYTES)
+        return readv(handle, blocks)
+
+    monkeypatch.setattr(os, "readv", read)
+    assert direct_speed(tmp_path, 4 * BLOCK_BYTES, 10).is_corrupt
+
+
 def test_rate_is_that_of_the_moved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Three readings of the clock: start, before the only block, and after fsync."""
     times = iter([0.0, 0.0, 0.5] * 2)

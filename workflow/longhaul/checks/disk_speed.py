@@ -15,6 +15,8 @@ from longhaul.checks.measurement_types import DiskSpeed, SafeWrite
 
 BLOCK_BYTES = 4 * 2**20
 _VERIFICATION_S = 1.0
+_NUMBER_BYTES = 8
+"""Each block begins with its number, so that the bytes of another block are wrong, too."""
 
 
 def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
@@ -29,10 +31,13 @@ def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
             data = os.urandom(BLOCK_BYTES)  # some disks compress
             block.write(data)
             blocks = size_bytes // BLOCK_BYTES
-            write, written = _rate(
-                path, os.O_CREAT | os.O_WRONLY, lambda handle: os.write(handle, block), blocks, limit_s
-            )
-            read, _ = _rate(path, os.O_RDONLY, lambda handle: os.readv(handle, [block]), written, limit_s)
+
+            def write_block(handle: int, number: int) -> int:
+                block[:_NUMBER_BYTES] = _number_bytes(number)
+                return os.write(handle, block)
+
+            write, written = _rate(path, os.O_CREAT | os.O_WRONLY, write_block, blocks, limit_s)
+            read, _ = _rate(path, os.O_RDONLY, lambda handle, _: os.readv(handle, [block]), written, limit_s)
             return DiskSpeed(write, read, is_corrupt=_has_other_bytes(path, block, data, written))
     except OSError as error:
         return DiskSpeed(0.0, 0.0, error.strerror or str(error), error.errno in (errno.ENOSPC, errno.EDQUOT))
@@ -44,10 +49,12 @@ def direct_speed(folder: Path, size_bytes: int, limit_s: float) -> DiskSpeed:
 def _has_other_bytes(path: Path, block: mmap.mmap, data: bytes, blocks: int) -> bool:
     """Read the file again, for a second at most, and return whether a block differs. To compare takes as long as to read."""
     handle, end = os.open(path, os.O_RDONLY | os.O_DIRECT), time.monotonic() + _VERIFICATION_S
+    rest = data[_NUMBER_BYTES:]
     try:
-        for _ in range(blocks):
+        for number in range(blocks):
+            block[:_NUMBER_BYTES] = bytes(_NUMBER_BYTES)  # a read that returns nothing is wrong, too
             os.readv(handle, [block])
-            if block[:] != data:
+            if block[:_NUMBER_BYTES] != _number_bytes(number) or block[_NUMBER_BYTES:] != rest:
                 return True
             if time.monotonic() >= end:
                 break
@@ -56,13 +63,19 @@ def _has_other_bytes(path: Path, block: mmap.mmap, data: bytes, blocks: int) -> 
         os.close(handle)
 
 
-def _rate(path: Path, flags: int, move_block: Callable[[int], int], blocks: int, limit_s: float) -> tuple[float, int]:
-    """Return GB/s, and how many blocks were moved within the limit."""
+def _number_bytes(number: int) -> bytes:
+    return (number + 1).to_bytes(_NUMBER_BYTES, "little")  # never 0
+
+
+def _rate(
+    path: Path, flags: int, move_block: Callable[[int, int], int], blocks: int, limit_s: float
+) -> tuple[float, int]:
+    """Return GB/s, and how many blocks were moved within the limit. move_block: of a file and a number of a block"""
     handle = os.open(path, flags | os.O_DIRECT, 0o600)
     try:
         started, moved_bytes, done = time.perf_counter(), 0, 0
         while done < blocks and time.perf_counter() - started < limit_s:
-            moved_bytes += move_block(handle)
+            moved_bytes += move_block(handle, done)
             done += 1
         os.fsync(handle)
         return round(moved_bytes / (time.perf_counter() - started) / 1e9, 4), done
