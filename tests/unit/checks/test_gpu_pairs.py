@@ -99,6 +99,23 @@ def test_copy_that_never_arrives_is_wrong():
     assert found.wrong_bytes > 2 * 0.9 * 4000 / 4, "each word of four bytes differs, and its high bytes may be 0"
 
 
+def test_error_during_a_copy_names_the_pair():
+    """CUDA's own text names no GPU, and no further call works after it."""
+
+    def copy(to: torch.Tensor, source: torch.Tensor) -> float:
+        if int(source[0]) - 1 == 2:
+            raise RuntimeError("CUDA error: uncorrectable NVLink error detected during the execution\nmore")
+        to.copy_(source)
+        return 0.001
+
+    with pytest.raises(
+        RuntimeError,
+        match=r"^copies between GPU [0-3] and GPU [0-3] by torch's numbers: CUDA error: uncorrectable NVLink",
+    ) as raised:
+        copy_between_gpus([CPU] * 4, 4000, copy)
+    assert "GPU 2" in str(raised.value)
+
+
 def test_real_copies_have_a_rate_and_a_node_with_one_gpu_has_no_pair():
     (found,) = copy_between_gpus([CPU] * 2, 4096)
     assert 0 < found.gb_per_s < 10_000 and found.wrong_bytes == 0

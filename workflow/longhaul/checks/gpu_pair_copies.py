@@ -61,8 +61,17 @@ def copy_between_gpus(
 
 
 def _measure_pair(first: _Buffers, second: _Buffers, copy: Copy) -> GpuPair:
-    there, wrong_there = second.receive(first, copy)
-    back, wrong_back = first.receive(second, copy)
+    """Return how a pair copies.
+
+    Raises:
+        RuntimeError: it cannot. CUDA's text, such as that of an NVLink error, names no GPU.
+    """
+    try:
+        there, wrong_there = second.receive(first, copy)
+        back, wrong_back = first.receive(second, copy)
+    except RuntimeError as error:
+        pair = f"GPU {first.number} and GPU {second.number} by torch's numbers"
+        raise RuntimeError(f"copies between {pair}: {error}") from error
     rate = first.sent_W.numel() * _BYTES_PER_WORD / max(there, back) / 1e9
     return GpuPair(first.number, second.number, round(rate, 3), wrong_there + wrong_back)
 
