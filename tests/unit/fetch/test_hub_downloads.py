@@ -402,6 +402,8 @@ def test_a_key_that_would_replace_a_method_is_refused(tmp_path: Path, hub: Hub, 
     done = fetch(tmp_path)
     assert done.returncode == 2 and f"{file}: 'save_pretrained' is a name that transformers'" in done.stderr
     assert "remedy: correct " in done.stderr and not (tmp_path / "results/small.lock.json").exists()
+    key = {"tokenizer_config.json": "tokenizer", "generation_config.json": "model.pretrained"}[file]
+    assert f"for a {key}.hub, do it in a copy of its folder, and use that as {key}.path" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,8 @@ FOLDERS: dict[str, tuple[dict[str, str], str, str]] = {
         {"a.safetensors": EMPTY_SAFETENSORS, "generation_config.json": '{"to_dict": 1}'},
         "model.pretrained: generation_config.json: 'to_dict' is a name that transformers' generation classes use themselves; "
         "remove this key",
-        "correct the model's generation_config.json; without this file, transformers' own settings count",
+        "correct or remove the model's generation_config.json; for a model.pretrained.hub, do it in a copy of its folder, and "
+        "use that as model.pretrained.path",
     ),
 }
 

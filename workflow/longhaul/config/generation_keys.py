@@ -13,7 +13,10 @@ from longhaul.config.validation_messages import validation_message
 from longhaul.errors import UserError
 
 _WHERE = "model.pretrained: generation_config.json"
-_REMEDY = "correct the model's generation_config.json; without this file, transformers' own settings count"
+_REMEDY = (
+    "correct or remove the model's generation_config.json; for a model.pretrained.hub, do it in a copy of its folder, and use "
+    "that as model.pretrained.path"
+)
 
 
 class _GenerationKeys(BaseModel):

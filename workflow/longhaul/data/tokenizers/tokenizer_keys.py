@@ -45,7 +45,8 @@ def check_tokenizer_keys(folder: Path) -> None:
 
 
 def _check_file(path: Path) -> None:
-    remedy = f"correct {path.name}, or take this file as the tokenizer's publisher has it"
+    # Nobody can correct the file of a Hub repository, and a change in the cache would be lost with it.
+    remedy = f"correct {path.name}; for a tokenizer.hub, do it in a copy of its folder, and use that as tokenizer.path"
     keys = read_typed_json(path, dict[str, Any], remedy)
     read_typed_json(path, _TokenizerKeys, remedy)
     try:
