@@ -143,8 +143,8 @@ def _paths(pynvml: Any, gpu: GpuFacts, gpus: Iterable[GpuFacts]) -> dict[str, st
     for other in gpus:
         with suppress(pynvml.NVMLError):
             if other.uuid != gpu.uuid:
-                handles = [pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other)]
-                paths[other.uuid] = _path(pynvml, *handles, links[other.pci_address])
+                own, others = (pynvml.nvmlDeviceGetHandleByIndex(one.index) for one in (gpu, other))
+                paths[other.uuid] = _path(pynvml, own, others, links[other.pci_address])
     return paths
 
 
