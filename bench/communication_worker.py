@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.open_trainer import open_trainer
+from bench.build_trainer import build_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.distributed_context import DistributedContext, distributed_context
@@ -28,7 +28,7 @@ def main() -> None:
 
 def train(job: TrainSpec, steps: int, context: DistributedContext, folder: Path) -> dict[str, list[float]]:
     """Return lists with one entry per step: its seconds, those of the reduction in it, bytes sent, loss."""
-    trainer, batches = open_trainer(job, context, folder)
+    trainer, batches = build_trainer(job, context, folder)
     engine = trainer.backend.engine
     measured: dict[str, list[float]] = {"step_s": [], "reduction_s": [], "sent_bytes": [], "loss": []}
     reduce = engine.allreduce_gradients

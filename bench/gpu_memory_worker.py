@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.open_trainer import open_trainer
+from bench.build_trainer import build_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import distributed_context
 
@@ -22,7 +22,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     job = TrainSpec.read(folder / "job.json")
     with distributed_context(job) as context:
-        trainer, batches = open_trainer(job, context, folder)
+        trainer, batches = build_trainer(job, context, folder)
         for _ in range(job.steps):
             trainer.step(next(batches))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]

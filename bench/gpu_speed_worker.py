@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from bench import gpu_speed_peers, kernel_times
+from bench.build_trainer import build_trainer
 from bench.gpu_speed_rows import LOSS_STEPS, ROWS, Row
-from bench.open_trainer import open_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext, distributed_context
@@ -82,7 +82,7 @@ def _wait_for_gpu() -> float:
 
 
 def _longhaul(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Step, Step]:
-    trainer, batches = open_trainer(job, context, folder)
+    trainer, batches = build_trainer(job, context, folder)
 
     def step() -> None:
         trainer.step(next(batches))

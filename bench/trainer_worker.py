@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from bench.build_trainer import build_trainer
 from bench.machine import describe_machine, write_result
-from bench.open_trainer import open_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import MicroBatch
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _ours(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Step, list[MicroBatch]]:
-    trainer, batches = open_trainer(job, context, folder)
+    trainer, batches = build_trainer(job, context, folder)
     first = next(batches)
     following = chain([first], batches)
 

@@ -20,7 +20,7 @@ from longhaul.config.serve_config import Serve
 from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.api_key import create_key_file
-from tests.support import bigram_engine
+from tests.support import bigram_vllm
 from tests.support.served_export import write_manifest
 from tests.support.served_run import FAKE_VLLM, KEY
 from tests.support.server_on_two_hosts import NODES, start_parts, write_server_spec
@@ -42,9 +42,9 @@ def write_job(folder: Path, check: ServeCheck, fault: str = "") -> Path:
     model = folder / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    ids_PT = np.random.default_rng(3).permutation(bigram_engine.VOCABULARY).reshape(2, -1)
-    manifest = write_manifest(folder, model, ids_PT, bigram_engine.logits()[ids_PT], [], [])
-    python = (sys.executable, bigram_engine.__file__)
+    ids_PT = np.random.default_rng(3).permutation(bigram_vllm.VOCABULARY).reshape(2, -1)
+    manifest = write_manifest(folder, model, ids_PT, bigram_vllm.logits()[ids_PT], [], [])
+    python = (sys.executable, bigram_vllm.__file__)
     job = ServeCheckSpec(
         run="unit",
         stage="main",
@@ -64,7 +64,7 @@ def write_job(folder: Path, check: ServeCheck, fault: str = "") -> Path:
 
 
 def write_server(folder: Path) -> Path:
-    """Write the spec of a server, whose engine is tests/support/fake_engine.py; return its path."""
+    """Write the spec of a server, whose engine is tests/support/fake_vllm.py; return its path."""
     model, manifest = folder / "model", folder / "export.json"
     model.mkdir()
     (model / "config.json").write_text("{}")

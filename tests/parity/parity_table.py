@@ -23,7 +23,7 @@ from tests.parity import reference_loop
 from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, TASKS, Case, all_cases
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
 from tests.parity.shared_data import write_shared_data
-from tests.support.ranks import launch_worker
+from tests.support.launch_ranks import launch_worker
 
 HERE = Path(__file__).resolve().parent
 _ports = count(20_000 + os.getpid() * 211 % 10_000)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.parity.prepare_case import run_config
-from tests.support.ranks import launch_worker, rank_environment, worker_command
+from tests.support.launch_ranks import launch_worker, rank_environment, worker_command
 
 HERE = Path(__file__).resolve().parent
 STEPS, HALF = 12, 6

@@ -1,4 +1,4 @@
-"""A run with an export of no weights, and a site whose engine is tests/support/fake_engine.py."""
+"""A run with an export of no weights, and a site whose engine is tests/support/fake_vllm.py."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import write_config
 from tests.support.wait import is_alive, wait_for
 
-FAKE_VLLM = {"engine": "vllm", "python": [sys.executable, str(REPOSITORY / "tests" / "support" / "fake_engine.py")]}
+FAKE_VLLM = {"engine": "vllm", "python": [sys.executable, str(REPOSITORY / "tests" / "support" / "fake_vllm.py")]}
 LOCAL_SITE = {
     "scheduler": "local",
     "partitions.0.max_nodes": 1,

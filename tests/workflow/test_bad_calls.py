@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.bad_input import files_below, refused_message, snakemake
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import LOCAL, write_config
+from tests.support.user_errors import files_below, refused_message, snakemake
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.base.steps is 0"),

@@ -13,11 +13,11 @@ import pytest
 
 from longhaul.artifacts.evaluation_result import EvaluationResult
 from longhaul.artifacts.serve_check_result import ServeCheckResult
-from tests.support import bigram_engine
+from tests.support import bigram_vllm
 from tests.support.evaluation_task import QUESTIONS, TASK, write_task
 from tests.support.pipeline_run import PipelineRun, local_site, write_site
 
-SERVING = {"engine": "vllm", "python": [sys.executable, bigram_engine.__file__], "environment": {"SERVE_EXPORT": "1"}}
+SERVING = {"engine": "vllm", "python": [sys.executable, bigram_vllm.__file__], "environment": {"SERVE_EXPORT": "1"}}
 
 
 @pytest.fixture

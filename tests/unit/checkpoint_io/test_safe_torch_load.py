@@ -13,8 +13,8 @@ import torch
 from longhaul.checkpoint_io.safe_torch_load import load_plain_data
 from longhaul.compat.deepspeed import files_read_with
 from longhaul.errors import UserError
+from tests.support.launch_ranks import launch_worker
 from tests.support.pipeline_run import REPOSITORY
-from tests.support.ranks import launch_worker
 from tests.support.unpickling_payloads import put_payload
 
 

@@ -14,7 +14,7 @@ import torch
 
 from longhaul.checks import collective_benchmarks
 from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure, measure_sizes
-from tests.support.ranks import REPOSITORY, rank_environment, worker_command
+from tests.support.launch_ranks import REPOSITORY, rank_environment, worker_command
 
 RANKS = 3
 CHECKED, WARM_UP = 1, 3
@@ -37,7 +37,7 @@ def row(collective: str, size: int, time_us: float = 10.0, bus: float = 1.0, cor
 
 def test_bus_bandwidth_equals_the_bytes_that_the_interface_sent_by_the_time():
     """Three ranks in a network of their own. The interface counts what they send, and another clock the time, within 5 %."""
-    worker = Path(__file__).parents[2] / "support" / "counted_bytes_worker.py"
+    worker = Path(__file__).parents[2] / "support" / "collective_bytes_worker.py"
     own_network = ["unshare", "--net", *(() if os.geteuid() == 0 else ("--map-root-user",))]
     command = ["sh", "-c", 'ip link set lo up && exec "$@"', "sh", *worker_command(worker, RANKS)]
     environment = {**rank_environment(), "GLOO_SOCKET_IFNAME": "lo"}

@@ -19,7 +19,7 @@ from longhaul.planning.scale_test_sizes import PROFILED_STEPS, STEPS, WARM_UP_ST
 from longhaul.train import train_few_steps
 from longhaul.train.train_few_steps import MeasuredSteps
 from tests.parity.shared_data import write_shared_data
-from tests.support.ranks import run_worker
+from tests.support.launch_ranks import run_worker
 from tests.support.small_configs import base_stage
 
 WORKER = Path(__file__).parents[2] / "support" / "scale_test_worker.py"

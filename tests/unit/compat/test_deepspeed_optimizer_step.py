@@ -14,7 +14,7 @@ from deepspeed.runtime.zero import stage3
 from longhaul.compat import deepspeed_optimizer_step
 from longhaul.compat.deepspeed_optimizer_step import can_update_in_one_pass
 from tests.support import zero3_update_worker
-from tests.support.ranks import launch_worker
+from tests.support.launch_ranks import launch_worker
 
 
 def test_zero_3_trains_as_with_the_step_of_deepspeed():

@@ -34,7 +34,7 @@ from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.planning.load_plan import DEMO, config_path, load_plan
 from longhaul.serving import local_server
 from longhaul.serving.link_server_nodes import NodeLink
-from tests.support import bigram_engine
+from tests.support import bigram_vllm
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer
 
@@ -181,19 +181,17 @@ def test_an_engine_that_serves_the_model_gives_the_scores(
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", ".cluster.example")
-    python = (sys.executable, bigram_engine.__file__)
+    python = (sys.executable, bigram_vllm.__file__)
     job = spec(tmp_path, exported, serving=Serving(engine="vllm", python=python), batch_size=requests)
     run(job)
     tokenizer = AutoTokenizer.from_pretrained(exported.with_suffix(""))
 
     def score(question: str, answer: str) -> float:
         before, ids = (
-            [token % bigram_engine.VOCABULARY for token in tokenizer(text).input_ids]
+            [token % bigram_vllm.VOCABULARY for token in tokenizer(text).input_ids]
             for text in (question, f"{question} {answer}")
         )
-        return sum(
-            bigram_engine.LOG_PROBABILITIES[ids[place - 1], ids[place]] for place in range(len(before), len(ids))
-        )
+        return sum(bigram_vllm.LOG_PROBABILITIES[ids[place - 1], ids[place]] for place in range(len(before), len(ids)))
 
     scores = [[score(row["question"], choice) for choice in row["choices"]] for row in QUESTIONS]
     right = sum(values.index(max(values)) == row["label"] for values, row in zip(scores, QUESTIONS, strict=True))
@@ -225,7 +223,7 @@ def test_no_log_has_the_key_of_a_server_that_answers_wrongly(
     tmp_path: Path, exported: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ):
     """lm_eval logs the headers of each request that fails."""
-    serving = Serving(engine="vllm", python=(sys.executable, bigram_engine.__file__), environment={"FAULT": "no_json"})
+    serving = Serving(engine="vllm", python=(sys.executable, bigram_vllm.__file__), environment={"FAULT": "no_json"})
     with pytest.raises(ContentTypeError):
         run(spec(tmp_path, exported, serving=serving, limit=1))
     printed = caplog.text + "".join(capfd.readouterr())

@@ -25,9 +25,9 @@ from longhaul.report.planned_changes import (
     removed_stages,
     stage_changes,
 )
+from tests.support.finished_training_files import SPLIT, train, write_trained_results
 from tests.support.small_configs import plan_of
 from tests.support.tampered_files import tampered_texts
-from tests.support.trained_results import SPLIT, train, write_trained_results
 
 SITE = {"partitions.0.node.gpu_peak_tflops": 1e-9}
 EXPORTED = {"stages.0.export": "last"}

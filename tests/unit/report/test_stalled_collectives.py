@@ -14,7 +14,7 @@ from longhaul.artifacts.paths import AttemptLogs
 from longhaul.errors import UserError
 from longhaul.report.read_flight_recorder import RankRecord, read_rank_record
 from longhaul.report.stalled_collectives import find_stall, stalled_collectives
-from tests.support.ranks import run_worker
+from tests.support.launch_ranks import run_worker
 from tests.support.run_folder import TRAIN, RunFolder
 from tests.unit.report.test_diagnose import found
 

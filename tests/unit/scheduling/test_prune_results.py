@@ -18,8 +18,8 @@ from longhaul.planning import Plan
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.prune_results import KEPT_ATTEMPTS, find_old_results, prune
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
+from tests.support.finished_training_files import train, write_trained_results
 from tests.support.small_configs import plan_of
-from tests.support.trained_results import train, write_trained_results
 
 EXPORTED = {"stages.0.export": "last"}
 LR = {"stages.0.optimizer.lr": 5e-4, **EXPORTED}

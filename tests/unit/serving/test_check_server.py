@@ -16,7 +16,7 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.check_server import run
-from tests.support import bigram_engine
+from tests.support import bigram_vllm
 from tests.support.served_export import write_manifest
 
 
@@ -27,12 +27,12 @@ def manifest(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     # Every token ends one of the prompts that are made of these two, so that all their answers are different.
-    ids_PT = np.random.default_rng(3).permutation(bigram_engine.VOCABULARY).reshape(2, -1)
-    return write_manifest(tmp_path, folder, ids_PT, bigram_engine.logits()[ids_PT], [], [])
+    ids_PT = np.random.default_rng(3).permutation(bigram_vllm.VOCABULARY).reshape(2, -1)
+    return write_manifest(tmp_path, folder, ids_PT, bigram_vllm.logits()[ids_PT], [], [])
 
 
 def job_of(manifest: Path, fault: str = "", **serving: object) -> ServeCheckSpec:
-    python = (sys.executable, bigram_engine.__file__)
+    python = (sys.executable, bigram_vllm.__file__)
     own = Serving.model_validate({"engine": "vllm", "python": python, "environment": {"FAULT": fault}, **serving})
     return ServeCheckSpec(
         run="unit",

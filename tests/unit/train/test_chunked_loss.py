@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
 from longhaul.train.loss import chunked_loss_sum
+from tests.support.launch_ranks import run_worker
 from tests.support.loss_inputs import HIDDEN, TOKENS, VOCABULARY, operands
-from tests.support.ranks import run_worker
 
 SCALE = 0.125
 

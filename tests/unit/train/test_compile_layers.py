@@ -18,7 +18,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.parity.parity_cases import MODELS
 from tests.support import compiled_layers_worker, compiled_zero3_worker
-from tests.support.ranks import launch_worker
+from tests.support.launch_ranks import launch_worker
 from tests.support.tiny_sizes import tiny_stage
 
 pytestmark = pytest.mark.usefixtures("dynamo")

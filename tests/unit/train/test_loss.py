@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.support.ranks import run_worker
+from tests.support.launch_ranks import run_worker
 
 WORKER = Path(__file__).parents[2] / "support" / "gradient_worker.py"
 

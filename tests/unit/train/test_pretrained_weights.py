@@ -23,7 +23,7 @@ from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices, slice_model
 from longhaul.train.pretrained_weights import pretrained_values
 from tests.support.fp8_folder import BLOCK, CONFIG, LAYERS, write_folder, write_shards
-from tests.support.ranks import run_worker
+from tests.support.launch_ranks import run_worker
 from tests.support.small_configs import plan_of
 
 HERE = Path(__file__).parents[2] / "support"

@@ -1,6 +1,6 @@
 """A stand-in for vLLM with its completions API: log probabilities, streams and API key, of a model that is a table of bigrams.
 
-A site names it as the Python of the engine: `serving.python: [python, bigram_engine.py]`. The environment variable FAULT makes
+A site names it as the Python of the engine: `serving.python: [python, bigram_vllm.py]`. The environment variable FAULT makes
 it wrong in one way: another_model, open, exposed, exchange, loss or no_json. With the variable SERVE_EXPORT, it answers with the
 exported model instead of the table, as a real engine does.
 

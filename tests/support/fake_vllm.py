@@ -2,7 +2,7 @@
 
 With the variable LISTEN_AT it listens at another address than its options name.
 
-A site names it as the Python of the engine: `serving.python: [python, fake_engine.py]`. The words `-m vllm.… serve …` follow.
+A site names it as the Python of the engine: `serving.python: [python, fake_vllm.py]`. The words `-m vllm.… serve …` follow.
 """
 
 from __future__ import annotations

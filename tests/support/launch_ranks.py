@@ -3,7 +3,7 @@
 As with torchrun, the first rank that fails ends the others. Imports take longer than the work of most workers. Therefore
 multiprocessing's fork server imports torch and longhaul once for a run of the tests. A launcher process is forked from the
 server, and the ranks are forked from the launcher.
-`python -m tests.support.ranks RANKS WORKER ARGUMENT…` starts ranks without the server, for use behind another command.
+`python -m tests.support.launch_ranks RANKS WORKER ARGUMENT…` starts ranks without the server, for use behind another command.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def launch_worker(
 
 def worker_command(worker: Path, ranks: int, *arguments: str) -> list[str]:
     """Return the command that runs a worker without the fork server."""
-    return [sys.executable, "-m", "tests.support.ranks", str(ranks), str(worker), *arguments]
+    return [sys.executable, "-m", "tests.support.launch_ranks", str(ranks), str(worker), *arguments]
 
 
 def rank_environment() -> dict[str, str]:

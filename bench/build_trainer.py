@@ -20,7 +20,7 @@ from longhaul.train.step_backends import build_backend
 from longhaul.train.trainer import Trainer
 
 
-def open_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Trainer, Iterator[Batch]]:
+def build_trainer(job: TrainSpec, context: DistributedContext, folder: Path) -> tuple[Trainer, Iterator[Batch]]:
     """Return a trainer with initial weights, and its batches; metrics.jsonl goes to `folder`."""
     tokenizer = TokenizerManifest.read(Path(job.tokenizer))
     samples = open_samples(job, DataManifest.read(Path(job.data)), "train", folder, context)
