@@ -15,6 +15,12 @@ from tests.support.remedies_in_source import RemedyInSource, remedies_in_source,
 from tests.unit.test_remedies import REMEDIES
 
 FOLLOWED_ELSEWHERE = {
+    "for a model.pretrained.hub, do it in a copy of its folder": (
+        "unit/planning/test_check_files_exist.py::test_a_corrected_copy_of_a_model_folder_is_accepted"
+    ),
+    "for a tokenizer.hub, do it in a copy of its folder": (
+        "unit/data/tokenizers/test_tokenizer_keys.py::test_a_corrected_copy_of_a_tokenizer_folder_is_accepted"
+    ),
     "move it away: longhaul makes a link": "unit/artifacts/test_atomic_files.py::test_link_replaces_a_link_and_nothing_else",
     "delete it: the other ranks' records may say enough": (
         "unit/report/test_stalled_collectives.py::test_altered_record_is_refused_and_named"

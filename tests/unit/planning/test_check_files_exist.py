@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,20 @@ def test_incomplete_model_folder_is_refused(tmp_path: Path, files: dict[str, str
     with pytest.raises(UserError) as refused:
         read_model_folder(folder, "key")
     assert (refused.value.message.replace(str(folder), "FOLDER"), refused.value.hint) == (message, remedy)
+
+
+@pytest.mark.parametrize("corrected", ["{}", None])
+def test_a_corrected_copy_of_a_model_folder_is_accepted(tmp_path: Path, corrected: str | None):
+    files = {"a.safetensors": EMPTY_SAFETENSORS, "generation_config.json": '{"to_dict": 1}'}
+    folder = model_folder(tmp_path / "model", files)
+    with pytest.raises(UserError, match="generation_config"):
+        read_model_folder(folder, "key")
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    if corrected is None:
+        (copy / "generation_config.json").unlink()
+    else:
+        (copy / "generation_config.json").write_text(corrected)
+    assert read_model_folder(copy, "key")
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,15 @@ def test_the_plan_and_the_job_refuse_a_key_that_replaces_an_attribute(
         assert f"correct {file}" in refused.value.hint
 
 
+def test_a_corrected_copy_of_a_tokenizer_folder_is_accepted(tokenizer: Path, tmp_path: Path):
+    bad = with_keys(tokenizer, tmp_path / "tokenizer", CONFIG, {"decode": "x"})
+    copy = Path(shutil.copytree(bad, tmp_path / "copy"))
+    keys = json.loads((copy / CONFIG).read_text())
+    del keys["decode"]
+    (copy / CONFIG).write_text(json.dumps(keys))
+    check_tokenizer_folder(plan_of(tmp_path, {"tokenizer": {"path": "copy"}}))
+
+
 def test_every_other_name_of_the_class_changes_nothing(tokenizer: Path, tmp_path: Path):
     """Such keys have no effect, or are settings: the job makes the same tokenizer, or ends with a message."""
     from transformers import AutoTokenizer
