@@ -1,4 +1,4 @@
-"""Classifies the hardware of all nodes, one table row each: GPUs, RDMA ports, PCIe links, memory errors, CPU settings, limits."""
+"""Classifies the hardware of all nodes, one table row each, and warns of what differs between nodes: GPUs, RDMA, PCIe, memory, CPUs."""
 
 from __future__ import annotations
 
