@@ -1,4 +1,4 @@
-"""Classifies the hardware of all nodes, one table row each, and warns of what differs between nodes: GPUs, RDMA, PCIe, memory, CPUs."""
+"""Classifies the hardware of all nodes, one table row each, and warns of what differs between nodes: GPUs, PCIe, memory, CPUs."""
 
 from __future__ import annotations
 
