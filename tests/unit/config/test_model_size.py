@@ -9,7 +9,7 @@ import pytest
 
 from longhaul.config.architectures import Model
 from longhaul.config.load_config import load_config
-from longhaul.config.model_size import layers_per_pipeline_rank, model_size
+from longhaul.config.model_size import model_size
 from longhaul.planning import build_plan
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size
@@ -144,12 +144,3 @@ def test_sizes_of_a_tiny_mixture_equal_hand_computed_numbers():
     assert (sizes.saved_activations, sizes.unsplit_activations) == (24 + 4 * 8, 6 * 8)
     assert (sizes.matmul_results, sizes.unsplit_matmul_results, sizes.mlp_width) == (24 + 2 * 8, 2 * 8, 8)
     assert sizes.normed_elements == 2 * 8 + 3 * 4
-
-
-@pytest.mark.parametrize(
-    ("layers", "ranks", "expected"), [(4, 1, [4]), (4, 2, [2, 2]), (5, 2, [3, 2]), (7, 3, [3, 2, 2]), (3, 3, [1, 1, 1])]
-)
-def test_layers_are_spread_evenly_over_pipeline_ranks(layers: int, ranks: int, expected: list[int]):
-    ranges = layers_per_pipeline_rank(layers, ranks)
-    assert [len(own) for own in ranges] == expected
-    assert [layer for own in ranges for layer in own] == list(range(layers))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from longhaul.config import activation_counts, parameter_counts
@@ -79,13 +78,6 @@ class ModelSize:
         Source: PaLM (arXiv:2204.02311, appendix B), which counts all pairs.
         """
         return 6.0 * self.active * tokens + 6.0 * self.layers * self.attention_width * attention_pairs
-
-
-def layers_per_pipeline_rank(layers: int, pipeline_ranks: int) -> list[range]:
-    """Return the decoder layers of each pipeline rank: consecutive, and as even as possible; the first ranks get one more."""
-    base, remainder = divmod(layers, pipeline_ranks)
-    starts = [rank * base + min(rank, remainder) for rank in range(pipeline_ranks + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(starts)]
 
 
 def model_size(c: HuggingFaceConfig) -> ModelSize:

@@ -10,10 +10,10 @@ import math
 from collections.abc import Sequence
 
 from longhaul.config.field_types import HuggingFaceConfig
-from longhaul.config.model_size import layers_per_pipeline_rank
 from longhaul.config.parameter_counts import sparse_layers
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
+from longhaul.planning.layers_per_pipeline_rank import layers_per_pipeline_rank
 
 # The plan warns if pipeline ranks are idle for more than this fraction of a step.
 MAX_PIPELINE_BUBBLE = 0.2

@@ -8,9 +8,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from longhaul.config.model_size import ModelSize, layers_per_pipeline_rank
+from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
 from longhaul.planning.activation_memory import activation_bytes, attention_mask_bytes, logits_bytes
+from longhaul.planning.layers_per_pipeline_rank import layers_per_pipeline_rank
 from longhaul.planning.model_state_memory import (
     gathered_weight_bytes,
     gradient_bucket_bytes,

@@ -1,4 +1,4 @@
-"""Options of a job's allocation (nodes, tasks, GPUs, memory, account, qos), spelled for Snakemake, sbatch and srun.
+"""Options of a job's allocation, the controller's too (nodes, time, GPUs, memory, account), for Snakemake, sbatch and srun.
 
 One request gives a rule's `resources:` and the header of the rendered job.sbatch, so a job that is submitted by hand gets
 the same allocation. Every job uses one form: `mpi=""` makes the executor plugin leave the rule's shell command unwrapped

@@ -14,10 +14,11 @@ import torch
 
 from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.config.load_config import load_config
-from longhaul.config.model_size import layers_per_pipeline_rank, model_size
+from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel
 from longhaul.planning import build_plan
 from longhaul.planning.gpu_memory import estimate_gpu_memory
+from longhaul.planning.layers_per_pipeline_rank import layers_per_pipeline_rank
 from longhaul.planning.plan import StagePlan
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import parameter_slices, slice_model

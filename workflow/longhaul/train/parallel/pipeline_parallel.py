@@ -18,7 +18,7 @@ from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
 from longhaul.compat.transformers import known_documents
-from longhaul.config.model_size import layers_per_pipeline_rank
+from longhaul.planning.layers_per_pipeline_rank import layers_per_pipeline_rank
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 
