@@ -26,6 +26,8 @@ from tests.support.browser import headless_browser, installed_browser
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
+SHOWN_ROOT = "~/longhaul"
+"""Path of the checkout in the images, which do not show the machine that made them."""
 COLUMNS, ROWS = 120, 50
 STATUS_COLUMNS = 100
 VIEWPORT = {"width": 1240, "height": 1010}
@@ -137,7 +139,7 @@ def write_svg(path: Path, lines: list[str], columns: int, title: str) -> None:
     """Draw lines of a terminal."""
     with Path(os.devnull).open("w") as nowhere:
         console = Console(record=True, width=columns, file=nowhere, force_terminal=True)
-        console.print(Text.from_ansi("\n".join(lines).rstrip()))
+        console.print(Text.from_ansi("\n".join(lines).rstrip().replace(str(ROOT), SHOWN_ROOT)))
     console.save_svg(str(path), title=title)
 
 

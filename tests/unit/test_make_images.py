@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from docs.make_images import TRAINS, Screen
+from docs.make_images import IMAGES, ROOT, SHOWN_ROOT, TRAINS, Screen, write_svg
 from longhaul.report.status_text import progress_view
 from tests.unit.report.test_status_text import STAGE, STATUS
 
@@ -37,3 +39,11 @@ def test_moment_at_which_the_second_stage_trains_is_recognised() -> None:
     Console(file=stream, width=120).print(progress_view(status))
     assert any(TRAINS.match(line) for line in stream.getvalue().splitlines())
     assert not TRAINS.match("chat      not started  0/90   ━━━━━━━━━━")
+
+
+def test_images_do_not_name_a_path_of_the_machine_that_made_them(tmp_path: Path) -> None:
+    write_svg(tmp_path / "image.svg", [f"config {ROOT}/config/config.yaml"], 100, "title")
+    assert f"{SHOWN_ROOT}/config/config.yaml" in (tmp_path / "image.svg").read_text()
+    for image in (tmp_path / "image.svg", *IMAGES.glob("*.svg")):
+        shown = image.read_text().replace("&#160;", " ")
+        assert [path for path in re.findall(r"(?<=[ >])/\w+/[\w/.-]*", shown) if "clip-path" not in path] == [], image
