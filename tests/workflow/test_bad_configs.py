@@ -160,7 +160,7 @@ PRETRAINED: dict[str, tuple[Any, dict[str, str], str]] = {
             (
                 "a special name",
                 {"__class__": "x"},
-                "'__class__' is a name that transformers' config classes use themselves",
+                "'__class__' is a name that Python uses itself",
             ),
             ("theta null", {"rope_theta": None}, "rope_theta is None; it must be a number above 1"),
             (

@@ -57,12 +57,19 @@ def test_usual_settings_are_accepted(tmp_path: Path):
     assert not failure(settings, tmp_path)
 
 
+def test_a_comment_is_accepted(tmp_path: Path):
+    settings = {"eos_token_id": 1, "__comment": "x"}
+    check_generation_keys(settings)
+    assert not failure(settings, tmp_path)
+
+
 def test_no_key_replaces_what_transformers_class_has():
     """Without the refusal, `to_dict: 1` ends the export, after the whole training."""
     from transformers import GenerationConfig
 
     for name in set(dir(GenerationConfig)) - set(vars(GenerationConfig())):
-        message = f"generation_config.json: '{name}' is a name that transformers' generation classes use"
+        users = "Python uses" if name.startswith("__") else "transformers' generation classes use"
+        message = f"generation_config.json: '{name}' is a name that {users}"
         with pytest.raises(UserError, match=message) as refused:
             check_generation_keys({name: 1})
         assert "remove this key" in str(refused.value)

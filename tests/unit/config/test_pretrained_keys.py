@@ -90,8 +90,15 @@ def test_no_key_replaces_what_transformers_config_class_has(family: str):
     keys = {field.name for field in fields(config_class)} | {"model_type"}
     base = {"model_type": family, "tie_word_embeddings": False, **FAMILIES[family]}
     for name in set(dir(config_class)) - keys - CLASS_NAMES_THAT_ARE_KEYS:
-        with pytest.raises(UserError, match=f"config.json: '{name}' is a name that transformers' config classes use"):
+        users = "Python uses" if name.startswith("__") else "transformers' config classes use"
+        with pytest.raises(UserError, match=f"config.json: '{name}' is a name that {users}"):
             check_pretrained_keys({**base, name: {}})
+
+
+def test_a_comment_is_accepted():
+    config = {"model_type": "llama", "tie_word_embeddings": False, **LLAMA, "__comment": "x"}
+    assert not failure(config)
+    assert check_pretrained_keys(config) == config
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "experts_implementation"])

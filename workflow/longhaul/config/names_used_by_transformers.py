@@ -48,9 +48,12 @@ update_post_processor
 
 
 def refuse_own_names(keys: Iterable[str], own_names: str, classes: str) -> None:
-    """Raise ValueError if a key has a name that transformers' `classes` (config, generation or tokenizer) use themselves."""
+    """Raise ValueError if a key has a name that Python or transformers' `classes` (config, generation, tokenizer) use.
+
+    Python uses names such as __dict__. Nothing uses a name such as __comment, and transformers loads a file with it.
+    """
     for key in keys:
-        if key in own_names.split() or key.startswith("__"):
-            raise ValueError(
-                f"{shortened(key)} is a name that transformers' {classes} classes use themselves; remove this key"
-            )
+        is_of_python = key.startswith("__") and key.endswith("__")
+        if is_of_python or key in own_names.split():
+            users = "Python uses itself" if is_of_python else f"transformers' {classes} classes use themselves"
+            raise ValueError(f"{shortened(key)} is a name that {users}; remove this key")

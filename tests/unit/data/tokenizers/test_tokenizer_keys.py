@@ -20,6 +20,7 @@ from tests.support.small_configs import plan_of
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 OWN_NAME = "is a name that transformers' tokenizer classes use themselves; remove this key"
+NAME_OF_PYTHON = "is a name that Python uses itself; remove this key"
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,18 @@ def build(source: Path, folder: Path) -> TokenizerManifest:
     return make_tokenizer(folder, path=str(source), needs_chat_template=True)
 
 
-@pytest.mark.parametrize("key", ["_tokenizer", "__dict__", "decode", "backend_tokenizer"])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("_tokenizer", OWN_NAME),
+        ("__dict__", NAME_OF_PYTHON),
+        ("decode", OWN_NAME),
+        ("backend_tokenizer", OWN_NAME),
+    ],
+)
 @pytest.mark.parametrize("file", [CONFIG, SPECIAL])
 def test_the_plan_and_the_job_refuse_a_key_that_replaces_an_attribute(
-    tokenizer: Path, tmp_path: Path, file: str, key: str
+    tokenizer: Path, tmp_path: Path, file: str, key: str, message: str
 ):
     """`_tokenizer` and `__dict__` ended the job in a traceback; `decode` in a message without the file."""
     bad = with_keys(tokenizer, tmp_path / "tokenizer", file, {key: "x"})
@@ -54,9 +63,18 @@ def test_the_plan_and_the_job_refuse_a_key_that_replaces_an_attribute(
         lambda: check_tokenizer_folder(plan_of(tmp_path, {"tokenizer": {"path": "tokenizer"}})),
         lambda: build(bad, tmp_path / "job"),
     ):
-        with pytest.raises(UserError, match=f"{file}: '{key}' {OWN_NAME}") as refused:
+        with pytest.raises(UserError, match=f"{file}: '{key}' {message}") as refused:
             read()
         assert f"correct {file}" in refused.value.hint
+
+
+@pytest.mark.parametrize("file", [CONFIG, SPECIAL])
+def test_a_comment_is_accepted(tokenizer: Path, tmp_path: Path, file: str):
+    """Two underscores at the beginning alone make no name of Python."""
+    commented = with_keys(tokenizer, tmp_path / "tokenizer", file, {"__comment": "x"})
+    check_tokenizer_folder(plan_of(tmp_path, {"tokenizer": {"path": "tokenizer"}}))
+    plain = build(tokenizer, tmp_path / "plain")
+    assert build(commented, tmp_path / "job").hash == plain.hash
 
 
 def test_a_corrected_copy_of_a_tokenizer_folder_is_accepted(tokenizer: Path, tmp_path: Path):
