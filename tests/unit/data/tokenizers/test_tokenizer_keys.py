@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.data.tokenizers.tokenizer_size import check_tokenizer_folder
 from longhaul.errors import UserError
+from longhaul.export.tokenizer_files import write_tokenizer
 from tests.support.corpora import make_tokenizer
 from tests.support.small_configs import plan_of
 
@@ -108,6 +110,22 @@ def test_every_other_name_of_the_class_changes_nothing(tokenizer: Path, tmp_path
     assert built > 50, "most of these names have no effect"
 
 
+@pytest.mark.parametrize("key", ["model_max_length", "max_len"])
+def test_an_infinite_length_is_no_limit(tokenizer: Path, tmp_path: Path, key: str):
+    from transformers import AutoTokenizer
+
+    source = with_keys(tokenizer, tmp_path / "tokenizer", CONFIG, {key: math.inf})
+    check_tokenizer_folder(plan_of(tmp_path, {"tokenizer": {"path": "tokenizer"}}))
+    plain, made = build(tokenizer, tmp_path / "plain"), build(source, tmp_path / "job")
+    assert made.hash == plain.hash
+    exported = tmp_path / "export"
+    exported.mkdir()
+    (exported / "config.json").write_text('{"model_type": "llama"}')
+    assert write_tokenizer(Path(made.path), exported)["auto_tokenizer_equal"]
+    loaded = AutoTokenizer.from_pretrained(exported, local_files_only=True)
+    assert loaded("one ship" * 500, truncation=True) == loaded("one ship" * 500)
+
+
 def test_an_empty_text_is_no_token(tokenizer: Path, tmp_path: Path):
     """Neither text is in the vocabulary: the job ended in a traceback."""
     without_end = with_keys(tokenizer, tmp_path / "a", CONFIG, {"eos_token": ""})
@@ -129,6 +147,10 @@ def test_a_token_of_another_form_is_not_for_the_template(tokenizer: Path, tmp_pa
         (CONFIG, "{", "no valid JSON"),
         (SPECIAL, "null", "`the whole value` is"),
         (CONFIG, '{"model_max_length": "x"}', "`model_max_length` is 'x'"),
+        (CONFIG, '{"model_max_length": NaN}', "`model_max_length` is nan"),
+        (CONFIG, '{"model_max_length": -Infinity}', "`model_max_length` is -inf"),
+        (CONFIG, '{"model_max_length": true}', "`model_max_length` is True"),
+        (CONFIG, '{"bos_token": false}', "`bos_token"),
         (CONFIG, '{"chat_template": 1}', "`chat_template"),
         (SPECIAL, '{"eos_token": 5}', "`eos_token"),
     ],

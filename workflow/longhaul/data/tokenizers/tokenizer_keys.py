@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.names_used_by_transformers import TOKENIZER_CLASSES, refuse_own_names
@@ -13,6 +13,8 @@ from longhaul.errors import UserError
 
 _FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _Token = str | dict[str, Any] | None
+_Length = Annotated[float, Field(ge=0)] | None
+"""A number of tokens. Python writes Infinity for no limit."""
 
 
 class _NamedTemplate(BaseModel):
@@ -23,10 +25,8 @@ class _NamedTemplate(BaseModel):
 class _TokenizerKeys(BaseModel):
     """Keys whose values the tokenizer job computes with."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
-
-    model_max_length: Annotated[float, Field(ge=0)] | None = None
-    max_len: Annotated[float, Field(ge=0)] | None = None
+    model_max_length: _Length = None
+    max_len: _Length = None
     chat_template: str | dict[str, str] | tuple[_NamedTemplate, ...] | None = None
     bos_token: _Token = None
     eos_token: _Token = None
