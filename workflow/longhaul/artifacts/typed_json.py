@@ -4,12 +4,14 @@ value is named by its place in the file.
 
 from __future__ import annotations
 
+import json
 import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from longhaul.artifacts.atomic_files import DELETE_HINT, read_bytes, refuse_long_integers
 from longhaul.errors import UserError
@@ -47,7 +49,7 @@ def parse_json(text: str | bytes, kind: type[T]) -> T:
     try:
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        raise ValueError(_first_problem(error)) from None
+        raise ValueError(_first_problem(text, error)) from None
 
 
 def read_typed_json(path: Path, kind: type[T], hint: str = DELETE_HINT) -> T:
@@ -63,14 +65,28 @@ def read_typed_json(path: Path, kind: type[T], hint: str = DELETE_HINT) -> T:
         raise UserError(f"{path}: {error}", hint) from None
 
 
-def _first_problem(error: ValidationError) -> str:
+def _first_problem(text: str | bytes, error: ValidationError) -> str:
     problem = error.errors(include_url=False, include_context=False)[0]
     if problem["type"] == "json_invalid":
         return f"no valid JSON: {problem['msg'].removeprefix('Invalid JSON: ')}"
-    place = ".".join(map(str, problem["loc"])) or "the whole value"
+    place = _place(text, problem)
     if problem["type"] in ("missing", "extra_forbidden"):
         return f"`{place}` is {'missing' if problem['type'] == 'missing' else 'unknown'}"
     return f"`{place}` is {_short(problem['input'])}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def _place(text: str | bytes, problem: ErrorDetails) -> str:
+    """Return the keys that lead to a problem. pydantic's location also has the name of the type that it tried of several."""
+    value, keys = json.loads(text), list[str]()
+    for part in problem["loc"]:
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            continue
+        keys.append(str(part))
+    if problem["type"] == "missing":
+        keys.append(str(problem["loc"][-1]))
+    return ".".join(keys) or "the whole value"
 
 
 def _short(value: object, limit: int = 60) -> str:

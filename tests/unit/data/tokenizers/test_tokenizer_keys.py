@@ -150,9 +150,10 @@ def test_a_token_of_another_form_is_not_for_the_template(tokenizer: Path, tmp_pa
         (CONFIG, '{"model_max_length": NaN}', "`model_max_length` is nan"),
         (CONFIG, '{"model_max_length": -Infinity}', "`model_max_length` is -inf"),
         (CONFIG, '{"model_max_length": true}', "`model_max_length` is True"),
-        (CONFIG, '{"bos_token": false}', "`bos_token"),
-        (CONFIG, '{"chat_template": 1}', "`chat_template"),
-        (SPECIAL, '{"eos_token": 5}', "`eos_token"),
+        (CONFIG, '{"bos_token": false}', "`bos_token` is False"),
+        (CONFIG, '{"chat_template": 1}', "`chat_template` is 1"),
+        (CONFIG, '{"chat_template": {"a": 1}}', "`chat_template` is {'a': 1}"),
+        (SPECIAL, '{"eos_token": 5}', "`eos_token` is 5"),
     ],
 )
 def test_a_value_of_another_type_is_refused(tmp_path: Path, file: str, content: str, message: str):
