@@ -15,7 +15,7 @@ _ALLOCATION_ENDED = "Slurm ended the allocation before the job was done, for a p
 _NODE_LOST = "a node died|does not respond|sent no heartbeat"
 _BATCHES_SKIPPED = "the gradient norm of some batches was not finite or jumped, so they were skipped"
 STOPPED_FIRST = "cancelled by scancel"
-"""What some cases do to a run before they damage its files. It is the cause where nothing else is worth a word."""
+"""Some cases cancel a run before they damage its files. doctor names this cause where the damage changes nothing."""
 EXPECTED = {
     "kill -9 of a rank": _KILLED,
     "kill -9 of rank 0": _KILLED,

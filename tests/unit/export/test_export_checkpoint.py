@@ -252,7 +252,7 @@ def test_logits_that_differ_from_the_trainers_are_refused(zero_checkpoints: Path
 def test_checkpoint_without_reference_values_is_refused_until_the_last_one_is_exported(
     zero_checkpoints: Path, tmp_path: Path
 ):
-    """The trainer writes them with the last checkpoint of a stage always."""
+    """The trainer always writes them with the last checkpoint of a stage."""
     stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path)
     stage.update_manifest(has_reference_values=False)
     assert_refused(stage, "without the reference values")

@@ -35,7 +35,7 @@ SLURM_ENDINGS = {
     "NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS": "node-failed",
     "JOB REQUEUE": "requeued",
 }
-"""What slurmstepd writes after `DUE TO` -> the known problem."""
+"""Text of slurmstepd after `DUE TO` -> the known problem."""
 EXAMPLES = Path(__file__).with_name("known_problems")
 
 

@@ -87,8 +87,8 @@ def test_bare_site_file_is_asked_for_every_kind_of_job(tmp_path: Path, monkeypat
     site = plan_of(tmp_path, None, {"partitions": [gpu, CORES]}).site
     found = {answer.jobs: answer for answer in check_site(site)}
     kinds = {name.strip() for jobs in found for name in jobs.split(",")}
-    asks_as_serve, is_step_of_the_fabric_check = {"serve_check"}, {"nccl_tests"}
-    assert kinds >= {"controller", *job_kinds()} - asks_as_serve - is_step_of_the_fabric_check
+    asks_as_serve, step_of_the_fabric_check = "serve_check", "nccl_tests"
+    assert kinds >= {"controller", *job_kinds()} - {asks_as_serve, step_of_the_fabric_check}
     assert {jobs for jobs, answer in found.items() if not answer.is_accepted} == {
         "tokenizer, index_sources, encode, tokenize, export",
         "count_chats",

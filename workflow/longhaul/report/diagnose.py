@@ -35,7 +35,7 @@ from longhaul.report.stalled_collectives import stalled_collectives
 _SEARCHED_ATTEMPTS = 5
 _MAIN_PROCESS = "main process"
 _OF_BATCH_SCRIPT = re.compile(r"\*\*\* JOB \d|\b\d+\.batch\b")
-"""In what slurmstepd writes about a job's batch script, not about its steps. Snakemake repeats the logs of failed jobs' steps."""
+"""Part of slurmstepd's lines about a job's batch script. Others are about steps: Snakemake repeats logs of failed jobs."""
 _WAITS = {
     "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
     "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
@@ -205,7 +205,7 @@ def _unchecked_main_process(paths: RunPaths, status: RunStatus) -> Iterator[Find
 
 
 def _ended_controllers(paths: RunPaths) -> Iterator[Finding]:
-    """Yield why Slurm ended jobs of controller.sbatch. The rest of their log is about the run's jobs, which have own logs."""
+    """Yield why Slurm ended jobs of controller.sbatch. Other lines of their log are about the run's jobs, which have own logs."""
     for finding in search_log(_MAIN_PROCESS, paths.controller_log, _OF_BATCH_SCRIPT):
         remedy = f"{NOT_NEEDED} while the successor that it submitted waits or runs"
         yield replace(finding, cause=f"its job, controller.sbatch, has ended: {finding.cause}", remedy=remedy)

@@ -40,7 +40,10 @@ def cpu_time_limit(seconds: float) -> Iterator[None]:
 
 
 def ends_its_process(compute: Callable[[], object]) -> bool:
-    """Return whether a cpu_time_limit in `compute` ends the process, as one operation has no end. A child process tries it."""
+    """Return whether a cpu_time_limit in `compute` ends the process, which is a child of this one.
+
+    That happens where one operation has no end.
+    """
     child = multiprocessing.get_context("fork").Process(target=_ignore_exceptions, args=(compute,))
     child.start()
     child.join()

@@ -26,7 +26,7 @@ CONTROLLER = "controller"
 """Name of the optional job in which the main process may run."""
 _EXAMPLE_MINUTES = 30
 _NO_CLUSTER = "Could not establish a configuration source"
-"""What Slurm's commands say on a machine that belongs to no cluster."""
+"""Part of the error of Slurm's commands on a machine that belongs to no cluster."""
 
 
 @dataclass(frozen=True)
