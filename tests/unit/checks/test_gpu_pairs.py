@@ -76,7 +76,7 @@ def bad(found: list[CheckRow]) -> list[tuple[str, str, str]]:
 
 
 def test_every_pair_copies_in_both_directions():
-    """What GPU 2 sends takes twice as long, and of what GPU 4 sends two bytes arrive wrong. The first copy opens the path."""
+    """GPU 2 sends at half the rate, and two bytes from GPU 4 arrive wrong. The first copy opens the path."""
     firsts = cycle([True, *[False] * 4])
 
     def copy(to: torch.Tensor, source: torch.Tensor) -> float:
@@ -94,7 +94,7 @@ def test_every_pair_copies_in_both_directions():
 
 
 def test_copy_that_never_arrives_is_wrong():
-    """What GPU 0 sent before is not taken for what GPU 1 sends."""
+    """Bytes that an earlier copy left in the memory do not count as received."""
     (found,) = copy_between_gpus([CPU] * 2, 4000, lambda to, source: 0.001)
     assert found.wrong_bytes > 2 * 0.9 * 4000 / 4, "each word of four bytes differs, and its high bytes may be 0"
 

@@ -111,7 +111,7 @@ def test_each_gpu_has_the_paths_to_the_others(library: Path):
 
 
 def test_path_over_direct_nvlinks_has_their_number(library: Path):
-    """Of GPU 0, two links lead to GPU 1, one to GPU 2, and one to a switch: pairs with one link have half the rate."""
+    """GPU 0 has two links to GPU 1, one to GPU 2 and one to a switch. A pair with one link has half the rate."""
     gpus = [healthy_gpu("H100", index) | {f"nvlinks_to{other}": 1 for other in range(4)} for index in range(4)]
     remotes = (gpus[1]["pci"], gpus[2]["pci"], gpus[1]["pci"], "00000000:05:00.0")
     gpus[0] |= {f"remote{link}": address for link, address in enumerate(remotes)}

@@ -24,7 +24,7 @@ _BYTES_PER_WORD = 4
 
 
 class _Buffers:
-    """What a GPU sends, and where it receives."""
+    """The bytes that a GPU sends, and the memory in which it receives."""
 
     def __init__(self, number: int, device: torch.device, words: int) -> None:
         self.number = number

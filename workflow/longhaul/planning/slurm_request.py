@@ -183,7 +183,7 @@ def _hidden_from_plugin(option: str) -> str:
 
 
 class CpuJobNeeds(NamedTuple):
-    """What a CPU job uses, whatever the size of the data: cores, and MiB of memory."""
+    """Cores and MiB of memory that a CPU job uses, whatever the size of the data."""
 
     cores: int
     memory_mb: int
