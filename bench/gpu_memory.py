@@ -127,12 +127,15 @@ BASELINE = {name: "zero1" for name in OPTIONS} | {
 
 def main() -> None:
     """Train every option of the named groups, or of all, and print one line for each."""
+    groups = sys.argv[1:] or list(GROUPS)
+    if unknown := set(groups) - set(GROUPS):
+        raise SystemExit(f"no group of rows {', '.join(sorted(unknown))}; the groups are {', '.join(GROUPS)}")
     device = torch.cuda.get_device_name(0)
     first = f"{device}; {STEPS} steps, sequence length {SEQUENCE_LENGTH}, micro batch {MICRO_BATCH}, bf16"
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder)
-        for group in sys.argv[1:] or GROUPS:
+        for group in groups:
             lines = [first, *compare(group, folder)]
             write_result(record(group), [*describe_machine(("torch", "deepspeed", "transformers")), *lines])
 
