@@ -64,8 +64,7 @@ class ServeRecord:
         for step in result.load:
             largest = step.get("largest_difference")
             same = "equal text" if largest is None else f"largest difference {_difference(largest, bound)}"
-            text = f"{step['streams']:>3} answers, 0 lost, 0 mixed, {step['tokens']:>4} tokens, {same}"
-            self._add(_LOAD, f"{name} {engine}, {step['streams']} streams", text)
+            self._add(_LOAD, f"{name} {engine}, {step['streams']} streams", f"{step['tokens']:>4} tokens, {same}")
 
     def add_end(self, event: str, outcome: str) -> None:
         self._add(_ENDS, event, outcome)

@@ -23,8 +23,8 @@ from longhaul.artifacts.line_record_fields import START_UP_PHASES, StepProfile
 from longhaul.artifacts.nccl_tests_report import NcclTestsResult, NcclTestsTiming
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.scale_test_report import ScaleTestReport
-from longhaul.artifacts.serve_check_result import ServeCheckResult
 from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock, dataset_request
+from tests.support.serve_check_results import SERVED
 
 HUB_DATA = "org/quiz@5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
 STAGE, DATASET, STEP = "base", "prose", 2
@@ -205,43 +205,7 @@ def _write_evaluations(paths: RunPaths) -> None:
 
 
 def _write_serve_check(paths: RunPaths) -> None:
-    ServeCheckResult(
-        stage=STAGE,
-        engine="vllm",
-        engine_version="0.32.0",
-        path=str(paths.export(STAGE)),
-        weights="0123",
-        tensor=1,
-        pipeline=1,
-        context_tokens=64,
-        answer_tokens=8,
-        start_s=75.0,
-        refuses_other_keys=True,
-        listens_at=["127.0.0.1:8000"],
-        agreement={
-            "compared": 62,
-            "mean_difference": 0.0002,
-            "largest_difference": 0.0031,
-            "mean_bound": 0.001,
-            "largest_bound": 0.005,
-            "same_text": None,
-            "least_same_text": None,
-        },
-        load=[
-            {
-                "streams": 8,
-                "tokens": 64,
-                "tokens_per_s": 123.4,
-                "first_token_median_s": 0.25,
-                "first_token_p99_s": 0.5,
-                "inter_token_median_s": 0.0125,
-                "inter_token_p99_s": None,
-            }
-        ],
-        distinct_answers=8,
-        host_memory_bytes=3 * 2**30,
-        gpu_memory_bytes=None,
-    ).write(paths.serve_check(STAGE))
+    replace(SERVED, stage=STAGE, path=str(paths.export(STAGE))).write(paths.serve_check(STAGE))
 
 
 def _write_records(path: Path, record: dict[str, object]) -> None:

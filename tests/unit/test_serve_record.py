@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import bench.machine
-from longhaul.artifacts.serve_check_result import LoadStep, ServeCheckResult
+from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
 from tests.serve.make_exports import CASES
 from tests.serve.serve_record import (
     LADDER,
@@ -21,47 +22,14 @@ from tests.serve.serve_record import (
     VICTIMS,
     ServeRecord,
 )
+from tests.support.serve_check_results import SAME_TEXT, SCORES, SERVED, STEP
 
 
 def checked(streams: tuple[int, ...], largest: float | None) -> ServeCheckResult:
     """Return the result of a check. largest: difference of log probabilities; None: of an engine that gives none"""
-    step = LoadStep(
-        streams=0,
-        tokens=32,
-        tokens_per_s=1.0,
-        first_token_median_s=None,
-        first_token_p99_s=None,
-        inter_token_median_s=None,
-        inter_token_p99_s=None,
-        largest_difference=largest,
-    )
-    return ServeCheckResult(
-        stage="chat",
-        engine="vllm",
-        engine_version="1",
-        path="p",
-        weights="w",
-        tensor=1,
-        pipeline=1,
-        context_tokens=64,
-        answer_tokens=16,
-        start_s=1.0,
-        refuses_other_keys=True,
-        listens_at=[],
-        agreement={
-            "compared": 62,
-            "mean_difference": largest,
-            "largest_difference": largest,
-            "mean_bound": None,
-            "largest_bound": None,
-            "same_text": 1.0 if largest is None else None,
-            "least_same_text": 0.75 if largest is None else None,
-        },
-        load=[{**step, "streams": count} for count in streams],
-        distinct_answers=1,
-        host_memory_bytes=1,
-        gpu_memory_bytes=None,
-    )
+    agreement = SAME_TEXT if largest is None else Agreement(**{**SCORES, "largest_difference": largest})
+    load = [LoadStep(**{**STEP, "streams": count, "largest_difference": largest}) for count in streams]
+    return replace(SERVED, agreement=agreement, load=load)
 
 
 def filled() -> ServeRecord:
@@ -99,9 +67,7 @@ def test_it_is_written_when_no_row_is_missing(tmp_path: Path, monkeypatch: pytes
     assert lines[0] == "command: make test-serve" and lines[3] == f"versions for vllm: pytest {pytest.__version__}"
     words = [" ".join(line.split()) for line in lines]
     assert "demo vllm 3.0e-06, bound 1e-04" in words
-    assert (
-        "demo vllm, 64 streams 64 answers, 0 lost, 0 mixed, 32 tokens, largest difference 3.0e-06, bound 1e-04" in words
-    )
-    assert f"demo {TRANSFORMERS_SERVE} 100% of the greedy text, at least 75%" in words
-    assert f"demo {TRANSFORMERS_SERVE}, 64 streams 64 answers, 0 lost, 0 mixed, 32 tokens, equal text" in words
+    assert "demo vllm, 64 streams 256 tokens, largest difference 3.0e-06, bound 1e-04" in words
+    assert f"demo {TRANSFORMERS_SERVE} 88% of the greedy text, at least 75%" in words
+    assert f"demo {TRANSFORMERS_SERVE}, 64 streams 256 tokens, equal text" in words
     assert len(lines) == 5 + sum(2 + len(rows) for rows in ROWS.values()) - 1

@@ -205,10 +205,10 @@ def test_a_start_is_shown_by_its_phases(page: str) -> None:
 
 
 def test_a_check_of_a_served_export_has_a_section(page: str) -> None:
-    assert "Served exports base engine vllm 0.32.0 layout 1 node, 1 tensor x 1 pipeline ranks answers 62 log" in page
+    assert "Served exports base engine vllm 0.32.0 layout 1 node, 2 tensor x 1 pipeline ranks answers 62 log" in page
     assert "start of the server 1 min 15 s API key requests without the key are refused" in page
     assert "requests at the same time tokens/s first token, median" in page
-    assert " 8 123 0.25 s 0.5 s 0.0125 s – " in page
+    assert " 8 123 0.25 s 0.5 s 0.0123 s – 0.0021 " in page
 
 
 def test_an_evaluation_says_that_its_prompts_differ(page: str) -> None:

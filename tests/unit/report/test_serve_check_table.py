@@ -4,63 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from longhaul.artifacts.serve_check_result import Agreement, LoadStep, ServeCheckResult
+from longhaul.artifacts.serve_check_result import LoadStep
 from longhaul.report.serve_check_table import serve_check_rows
-
-TEXT = Agreement(
-    compared=6,
-    mean_difference=None,
-    largest_difference=None,
-    mean_bound=None,
-    largest_bound=None,
-    same_text=0.875,
-    least_same_text=0.75,
-)
-SCORES = Agreement(
-    compared=62,
-    mean_difference=0.0002,
-    largest_difference=0.0031,
-    mean_bound=0.001,
-    largest_bound=0.005,
-    same_text=None,
-    least_same_text=None,
-)
-STEP = LoadStep(
-    streams=8,
-    tokens=256,
-    tokens_per_s=123.456,
-    first_token_median_s=0.25,
-    first_token_p99_s=0.5,
-    inter_token_median_s=0.0123,
-    inter_token_p99_s=None,
-    largest_difference=0.0021,
-)
-
-
-def result(agreement: Agreement, refuses_other_keys: bool) -> ServeCheckResult:
-    return ServeCheckResult(
-        stage="chat",
-        engine="vllm",
-        engine_version="0.32.0",
-        path="p",
-        weights="w",
-        tensor=2,
-        pipeline=1,
-        context_tokens=512,
-        answer_tokens=32,
-        start_s=75.0,
-        refuses_other_keys=refuses_other_keys,
-        listens_at=["127.0.0.1:8000"],
-        agreement=agreement,
-        load=[STEP],
-        distinct_answers=8,
-        host_memory_bytes=3 * 2**30,
-        gpu_memory_bytes=None,
-    )
+from tests.support.serve_check_results import SAME_TEXT, SERVED, STEP
 
 
 def test_rows_of_an_engine_with_log_probabilities():
-    rows = serve_check_rows(result(SCORES, True))
+    rows = serve_check_rows(SERVED)
     assert rows["facts"] == {
         "engine": "vllm 0.32.0",
         "layout": "1 node, 2 tensor x 1 pipeline ranks",
@@ -87,19 +37,19 @@ def test_rows_of_an_engine_with_log_probabilities():
 
 def test_a_result_of_an_older_release_has_no_difference_under_load():
     step = LoadStep(**{key: value for key, value in STEP.items() if key != "largest_difference"})  # type: ignore[typeddict-item]
-    rows = serve_check_rows(replace(result(SCORES, True), load=[step]))
+    rows = serve_check_rows(replace(SERVED, load=[step]))
     assert rows["load"][0]["largest difference, nats"] == "–"  # type: ignore[index]
 
 
 def test_rows_of_an_engine_without_log_probabilities():
-    facts = serve_check_rows(result(TEXT, False))["facts"]
+    facts = serve_check_rows(replace(SERVED, agreement=SAME_TEXT, refuses_other_keys=False))["facts"]
     assert isinstance(facts, dict)
     assert facts["answers"] == "87.5 % of the greedy text of 6 samples (limit 75 %)"
     assert facts["API key"] == "none: it listens on this node alone"
 
 
 def test_rows_of_a_server_on_two_nodes_say_where_the_memory_was_measured():
-    facts = serve_check_rows(replace(result(SCORES, True), nodes=2, pipeline=2))["facts"]
+    facts = serve_check_rows(replace(SERVED, nodes=2, pipeline=2))["facts"]
     assert isinstance(facts, dict)
     assert facts["layout"] == "2 nodes, 2 tensor x 2 pipeline ranks"
     assert facts["memory of its processes on the first node"] == "3 GiB"
