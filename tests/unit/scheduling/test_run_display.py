@@ -394,6 +394,25 @@ def test_progress_is_shown_again_and_again_while_the_run_goes_on(
     assert display._live is None
 
 
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_no_status_is_shown_after_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
+    """The display is closed while another thread reads the status."""
+    run = training_run(tmp_path)
+    run.train(40)
+    display = RunDisplay(run.paths, 2)
+    monkeypatch.setattr(display._console, "_force_terminal", is_terminal)
+    display.start()
+    status = display._status()
+    display.close()
+    display._thread.join()
+    capsys.readouterr()
+    assert status is not None
+    display._show(status)
+    assert capsys.readouterr().err == ""
+
+
 def test_status_that_takes_long_to_read_is_read_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading takes 1 s of a core, so the next one is 200 s later; after a quick one it is again the usual minute."""
     waits: list[float] = []

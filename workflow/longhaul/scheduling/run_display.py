@@ -100,6 +100,8 @@ class RunDisplay:
         self._interrupted: set[str] = set()
         self._begun_s = time.monotonic()
         self._stop, self._changed = threading.Event(), threading.Event()
+        self._showing = threading.RLock()
+        """Held while the status is shown or the display closes: no status is shown below the summary."""
         self._thread = threading.Thread(target=self._refresh, name="run display", daemon=True)
 
     def handle(self, record: logging.LogRecord) -> None:
@@ -136,11 +138,12 @@ class RunDisplay:
 
     def close(self) -> None:
         """Stop showing the status."""
-        self._stop.set()
-        self._changed.set()
-        if self._live:
-            self._live.stop()
-            self._live = None
+        with self._showing:
+            self._stop.set()
+            self._changed.set()
+            if self._live:
+                self._live.stop()
+                self._live = None
 
     def finish(self) -> None:
         """Show the summary of a run that succeeded."""
@@ -193,9 +196,12 @@ class RunDisplay:
             return None  # plan.json is not written yet, or the file system does not answer: the next call may succeed
 
     def _show(self, status: RunStatus) -> None:
-        if self._live:
-            self._live.update(progress_view(status), refresh=True)
-        else:
+        with self._showing:
+            if self._stop.is_set():
+                return  # the display was closed while the status was read
+            if self._live:
+                self._live.update(progress_view(status), refresh=True)
+                return
             for line in progress_lines(status):
                 self._print(line)
 
