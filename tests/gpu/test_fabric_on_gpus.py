@@ -16,7 +16,7 @@ from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.paths import JobId
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.fabric_job import FabricSpec
-from tests.gpu.gpus import GPUS, describe_gpus, stages_of
+from tests.gpu.runs_on_gpus import GPUS, describe_gpus, stages_of
 
 LIMIT_S = 180
 

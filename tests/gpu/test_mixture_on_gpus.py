@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.train.compile_layers import compile_layers
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
-from tests.gpu.gpus import GPUS
+from tests.gpu.runs_on_gpus import GPUS
 from tests.parity.parity_cases import MODELS
 
 pytestmark = pytest.mark.skipif(not GPUS, reason="needs a GPU")

@@ -20,7 +20,7 @@ from longhaul.checks.node_facts import gpus, node_facts
 from longhaul.checks.nvidia_gpu_facts import NVLINK_PATH, read_gpus
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.run_config import Checks
-from tests.gpu.gpus import GPUS, describe_gpus
+from tests.gpu.runs_on_gpus import GPUS, describe_gpus
 from tests.support.node_hardware import environment_job
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from bench.machine import describe_machine, write_result
-from tests.gpu.gpus import (
+from tests.gpu.runs_on_gpus import (
     GPUS,
     STEPS,
     describe_gpus,

@@ -23,7 +23,7 @@ from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.jobs.launch_files import render_job
 from tests.gpu import resume_worker
-from tests.gpu.gpus import GPUS, describe_gpus
+from tests.gpu.runs_on_gpus import GPUS, describe_gpus
 
 pytestmark = [
     pytest.mark.skipif(not GPUS, reason="needs a GPU"),

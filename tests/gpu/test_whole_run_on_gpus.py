@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from bench.machine import describe_machine, write_result
-from tests.gpu.gpus import (
+from tests.gpu.runs_on_gpus import (
     GPUS,
     describe_gpus,
     is_verified,

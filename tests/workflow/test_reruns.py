@@ -210,7 +210,13 @@ def test_changed_stage_reruns_even_if_an_earlier_check_reruns(run: PipelineRun):
         ["--until", "train", "--"],
         ["--forcerun", "train", "--"],
         ["--omit-from", "export", "--"],
-        ["--rerun-triggers", "params", "mtime", "input", "--"],  # test_parse.py has fewer triggers, which are refused
+        [
+            "--rerun-triggers",
+            "params",
+            "mtime",
+            "input",
+            "--",
+        ],  # test_snakefile_parsing.py has fewer triggers, which are refused
     ],
     ids=["target", "until", "forcerun", "omit-from", "rerun-triggers"],
 )

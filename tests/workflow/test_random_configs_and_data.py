@@ -37,7 +37,7 @@ from tests.support import train_planned_run
 from tests.support.chat_families import FAMILIES, make_family_tokenizer
 from tests.support.corpora import dataset, make_tokenizer
 from tests.support.finished_run_files import write_finished_run
-from tests.support.generated_inputs import CHAT_ROWS, TOKENIZER_SETTINGS, Inputs, inputs, tampered
+from tests.support.hypothesis_strategies import CHAT_ROWS, TOKENIZER_SETTINGS, Inputs, inputs, tampered
 from tests.support.launch_ranks import run_worker
 from tests.support.pipeline_run import local_site, write_data, write_site
 from tests.support.short_training_configs import trainings
