@@ -46,3 +46,16 @@ def test_version():
 
 def test_completion_can_be_installed():
     assert "--install-completion" in printed("--help")
+
+
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [
+        (("status",), "results/<run>"),
+        (("retry",), "results/<run>/stages/<stage>"),
+        (("data", "inspect"), "results/<run>/data/<dataset>.json"),
+    ],
+)
+def test_help_shows_the_placeholders_of_a_path(verb: tuple[str, ...], path: str):
+    """Outside of backticks, Markdown drops <run> as if it were HTML."""
+    assert path in printed(*verb, "--help")

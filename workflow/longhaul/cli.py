@@ -39,7 +39,7 @@ RunArgument = Annotated[
     Path | None,
     typer.Argument(
         metavar="[CONFIG|RUN]",
-        help="The run's YAML file or its folder results/<run>; default: the run in results/ that changed last.",
+        help="The run's YAML file, or its folder `results/<run>`; default: the run in `results/` that changed last.",
     ),
 ]
 ConfigArgument = Annotated[
@@ -87,7 +87,7 @@ def plan(
         bool, typer.Option("--test-only", help="Ask Slurm about each request, as `longhaul site check` does.")
     ] = False,
 ) -> None:
-    """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests, changes. Nothing is started.
+    """Print what a config will do: batches, memory per GPU, GPU-hours, Slurm requests, changes. Starts nothing.
 
     Exit code 1: with `--test-only`, Slurm refuses a request.
 
@@ -135,11 +135,12 @@ def fetch(
     only: Annotated[
         str | None,
         typer.Option(
-            metavar="sources|STAGE/TASK", help="All but the data of evaluation tasks, or only the data of one task."
+            metavar="sources|STAGE/TASK",
+            help="sources: all except the data of evaluation tasks. STAGE/TASK: only the data of this task.",
         ),
     ] = None,
 ) -> None:
-    """Download what the config names on the hub and what its evaluation tasks load, and pin the revisions. Needs internet access.
+    """Download what the config and its evaluation tasks need from the hub, and pin the revisions. Needs internet access.
 
     Example: `longhaul fetch mine.yaml`
     """
@@ -205,7 +206,7 @@ def doctor(
 @app.command()
 def serve(
     config: ConfigArgument,
-    stage: Annotated[str, typer.Argument(metavar="STAGE", help="The stage whose export is served.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="Name of the stage that exported the model.")],
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", "-n", help="Print memory, Slurm request and the engine's commands. Start nothing."),
@@ -263,7 +264,7 @@ def verify(config: ConfigArgument) -> None:
 
 @app.command()
 def baseline(config: ConfigArgument) -> None:
-    """Store what a run's environment check and fabric check reached, as the usual values of the site.
+    """Store the rates that a run's environment check and fabric check measured, as the usual rates of the site.
 
     Writes `<site file>.baseline.json` beside the site file. Later checks compare with it.
 
@@ -283,11 +284,12 @@ def baseline(config: ConfigArgument) -> None:
 @app.command()
 def prune(
     config: ConfigArgument,
-    delete: Annotated[bool, typer.Option("--delete", help="Remove what is listed.")] = False,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove the listed files.")] = False,
 ) -> None:
     """List old weights, exports and logs of a run with their sizes; with --delete, remove them.
 
-    Old is what neither the config nor the run's finished stages and exports refer to.
+    Weights and exports are old if neither the config nor the run's finished stages and exports refer to them. Logs are
+    old if the job has five later attempts.
 
     Example: `longhaul prune mine.yaml`
     """
@@ -321,7 +323,11 @@ def nodes(
 @app.command()
 def retry(
     folder: Annotated[
-        Path, typer.Argument(help="The failed job's folder: results/<run>/stages/<stage> or results/<run>/jobs/<job>.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="The failed job's folder: `results/<run>/stages/<stage>` or `results/<run>/jobs/<job>`.",
+        ),
     ],
 ) -> None:
     """Delete the record of a job's failure, so that the next run tries the job again.
@@ -340,12 +346,14 @@ def retry(
 
 @data_app.command()
 def inspect(
-    manifest: Annotated[Path, typer.Argument(help="A dataset's manifest: results/<run>/data/<dataset>.json.")],
-    split: Annotated[str, typer.Option(help="train or validation.")] = "train",
+    manifest: Annotated[
+        Path, typer.Argument(metavar="MANIFEST", help="A dataset's manifest: `results/<run>/data/<dataset>.json`.")
+    ],
+    split: Annotated[str, typer.Option(help="`train` or `validation`.")] = "train",
     first: Annotated[int, typer.Option(help="Number of the first document.")] = 0,
-    count: Annotated[int, typer.Option(help="How many documents.")] = 3,
+    count: Annotated[int, typer.Option(help="Number of documents to print.")] = 3,
     tokenizer: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="A tokenizer.json; default: that of the run.")
+        Path | None, typer.Option(dir_okay=False, help="A tokenizer.json; default: the run's.")
     ] = None,
 ) -> None:
     """Print documents of a dataset; tokens that count in the loss are coloured.
@@ -359,11 +367,11 @@ def inspect(
 
 @app.command()
 def init(
-    example: Annotated[str | None, typer.Option(help="A config in config/examples; asked for if left out.")] = None,
+    example: Annotated[str | None, typer.Option(help="A config in config/examples; default: longhaul asks.")] = None,
     site: Annotated[
-        str | None, typer.Option(help="A site in config/sites, or a site file; asked for if left out.")
+        str | None, typer.Option(help="A site in config/sites, or the path of a site file; default: longhaul asks.")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="Name of the run; asked for if left out.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name of the run; default: longhaul asks.")] = None,
 ) -> None:
     """Copy an example config and a site file into the current folder, as the start of a run of your own.
 

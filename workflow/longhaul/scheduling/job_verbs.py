@@ -46,7 +46,7 @@ def copy_run_config(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or `demo`.")],
     copy: Annotated[Path, typer.Argument(metavar="COPY", help="Where the copy is written.")],
 ) -> None:
-    """Copy a run's config and site file, so that the copy does not depend on other places of these files."""
+    """Copy a run's config and site file with full paths, so that the copy works in any folder."""
     from longhaul.config.copy_config import copy_config
     from longhaul.config.load_config import load_config
     from longhaul.planning.load_plan import config_path
@@ -61,7 +61,7 @@ def run_job(
 ) -> None:
     """Run one process of a job.
 
-    A failure is recorded in the job's folder, as the exit code may not reach the supervisor.
+    Records a failure in the job's folder, because the exit code may not reach the supervisor.
     """
     from longhaul.artifacts.paths import JobFolder
     from longhaul.jobs.job_kind import job_kinds

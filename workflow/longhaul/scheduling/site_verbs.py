@@ -12,10 +12,10 @@ from longhaul.errors import UserError
 app = typer.Typer(help="Describe a computing centre, and check the description.", no_args_is_help=True)
 
 ProbeOption = Annotated[
-    bool, typer.Option("--probe", help="Submit a short job per partition, which reads what its nodes have.")
+    bool, typer.Option("--probe", help="Submit a short job per partition. It reads the hardware of a node.")
 ]
 WaitOption = Annotated[
-    float, typer.Option(min=0.1, help="With --probe: cancel jobs that have not ended after this number of minutes.")
+    float, typer.Option(min=0.1, help="With `--probe`: cancel jobs that have not ended after this number of minutes.")
 ]
 
 
@@ -27,7 +27,7 @@ def detect(
     probe: ProbeOption = False,
     wait_minutes: WaitOption = 30.0,
 ) -> None:
-    """Write a first site file from what Slurm shows on this login node. It says what is not known.
+    """Write a first site file from what Slurm shows on this login node. Comments in it name what Slurm does not know.
 
     With `--probe`, one-minute jobs read the memory of GPUs, their driver and the networks of compute nodes.
 
@@ -52,10 +52,11 @@ def check(
 ) -> None:
     """Ask Slurm whether it accepts each kind of job (`sbatch --test-only`), of a run or of a site file alone.
 
-    It also compares their time and nodes with the limits that Slurm shows: sbatch may accept a job that never starts.
+    Also compares the time and nodes of the jobs with the limits that Slurm shows: sbatch may accept a job that never
+    starts.
 
-    Nothing is submitted, except with `--probe`: a two-minute job per partition, whose findings are compared with the site
-    file.
+    Submits nothing without `--probe`. With it, a two-minute job per partition reads the hardware of a node, and a table
+    compares that with the site file.
 
     Exit code 1: a request is refused, or a limit or a node differs from the site file.
 
@@ -93,7 +94,7 @@ def check(
 
 @app.command()
 def nodes(
-    site: Annotated[str, typer.Argument(help="A site in config/sites, or the path of a site file.")],
+    site: Annotated[str, typer.Argument(metavar="SITE", help="A site in config/sites, or the path of a site file.")],
     sequence_length: Annotated[int, typer.Option(min=8, max=10**8, help="Tokens per sample.")] = 4096,
 ) -> None:
     """Print how many nodes of a site well-known models need, from 1.5 to 671 billion parameters, by the memory plan.

@@ -13,7 +13,7 @@ def tune(
         Path, typer.Argument(metavar="CONFIG", help="The run's YAML file, or `demo` for the demo that longhaul ships.")
     ],
 ) -> None:
-    """Print the micro batches and kinds of recomputation of each stage, with the memory that they need. Nothing is started.
+    """Print the micro batches and kinds of recomputation of each stage, with the memory that they need. Starts nothing.
 
     Example: `longhaul tune mine.yaml`
     """
