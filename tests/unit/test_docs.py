@@ -214,6 +214,13 @@ def longhaul_commands(page: Path) -> list[list[str]]:
     return [words[1:] for words in found]
 
 
+@pytest.mark.parametrize("page", sorted(REPOSITORY.glob("docs/how-to/*.md")), ids=page_name)
+def test_commands_of_a_guide_can_be_pasted(page: Path):
+    """A shell reads <run> as a redirection. Only the address of the repository is not known."""
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert [name for block in blocks for name in re.findall(r"<[a-z]+>", block) if name != "<repository>"] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_longhaul_command_exists(page: Path):
     """Verbs and options; the options that `longhaul run` does not know go to Snakemake."""
