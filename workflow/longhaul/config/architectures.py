@@ -293,7 +293,7 @@ class DeepseekV3(LatentAttention):
 
 
 class Pretrained(FrozenModel):
-    """Pretrained weights to start from. Exactly one of path and hub is set."""
+    """Pretrained weights to start from. Set exactly one of path and hub."""
 
     path: SingleLine | None = Field(default=None, description="Hugging Face model folder, relative to the config file.")
     hub: HubSource | None = Field(default=None, description="Download the weights from the Hugging Face Hub.")
@@ -307,7 +307,7 @@ class Pretrained(FrozenModel):
 
 
 class Model(FrozenModel):
-    """The model. Exactly one key is set; its name is the architecture."""
+    """The model. Set exactly one key; its name is the architecture."""
 
     llama: Llama | None = Field(default=None, description="Llama.")
     qwen2: Qwen2 | None = Field(default=None, description="Qwen2 and Qwen2.5.")

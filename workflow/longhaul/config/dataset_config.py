@@ -56,7 +56,7 @@ class TrainTokenizer(FrozenModel):
 
 
 class Tokenizer(FrozenModel):
-    """The tokenizer of the run. Exactly one of path, hub and train is set."""
+    """The tokenizer of the run. Set exactly one of path, hub and train."""
 
     path: SingleLine | None = Field(
         default=None, description="Folder that contains tokenizer.json, relative to the config file."
@@ -83,10 +83,10 @@ class Columns(FrozenModel):
     messages: SingleLine = Field(default="messages", description="kind chat: column with a list of {role, content}.")
     prompt: Text | None = Field(
         default=None,
-        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages, whose "
-        "answers are outside of the loss. Or a "
-        'template that joins columns, such as "{instruction}\\n{input}": an empty column is left out together with the text '
-        "before it.",
+        description="kind chat, instead of messages: column with the user's part, as a string or as a list of messages. "
+        "Answers in this list are outside of the loss. Or a "
+        'template that joins columns, such as "{instruction}\\n{input}": it leaves out an empty column and the text before '
+        "it.",
     )
     completion: Text | None = Field(
         default=None, description="Column or template of the assistant's answer to prompt. Set both or neither."
@@ -141,15 +141,15 @@ class Decontaminate(FrozenModel):
 
 
 class Dataset(FrozenModel):
-    """One dataset. Exactly one of files, hub, python_stdlib and mixture is set."""
+    """One dataset. Set exactly one of files, hub, python_stdlib and mixture."""
 
     kind: Literal["text", "chat"] = Field(
         description="text: each row is one document. chat: each row is one conversation."
     )
     files: tuple[SingleLine, ...] = Field(
         default=(),
-        description="Files, folders or globs, relative to the config file. A folder stands for all its files of one format, "
-        "without README, LICENSE and hidden files. Linked folders are followed.",
+        description="Files, folders or globs, relative to the config file. A folder stands for all its files of one "
+        "format, without README, LICENSE and hidden files. Links to folders count, too.",
     )
     hub: HubDataset | None = Field(default=None, description="Download the dataset from the Hugging Face Hub.")
     python_stdlib: PythonStdlib | None = Field(
@@ -161,13 +161,13 @@ class Dataset(FrozenModel):
     )
     format: Literal["auto", "jsonl", "json", "parquet", "csv", "text", "arrow"] = Field(
         default="auto",
-        description="File format. auto: by file extension; .gz and .zst files are decompressed. text: each file is one document.",
+        description="File format. auto: by file extension; longhaul decompresses .gz and .zst. text: each file is one document.",
     )
     columns: Columns = Field(default=Columns(), description="Names of the columns to read.")
     bad_rows: Literal["stop", "skip"] = Field(
         default="stop",
-        description="Reaction to a row that cannot be read. stop: the job fails. skip: the row is left out; the job counts such "
-        "rows by reason and names one example.",
+        description="Reaction to a row that longhaul cannot read. stop: the job fails. skip: the job leaves the row "
+        "out, counts such rows by reason and names one example.",
     )
     max_document_mb: Annotated[float, Field(gt=0, le=80)] = Field(
         default=64.0,

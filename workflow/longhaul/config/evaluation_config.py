@@ -37,12 +37,13 @@ class Evaluation(FrozenModel):
     )
     limit: PositiveInt | None = Field(default=None, description="Number of documents per task; null: all.")
     num_fewshot: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        default=None, description="Number of solved examples in each prompt; null: as the task says."
+        default=None, description="Number of solved examples in each prompt; null: the task's own number."
     )
     engine: Literal["transformers", "server"] = Field(
         default="transformers",
-        description="transformers: the job computes with transformers. server: the job starts serving.engine of the site file, "
-        "vllm or sglang, as the section `serve` says, and asks it. Large models need it.",
+        description="transformers: the job computes with transformers. server: the job starts serving.engine of the "
+        "site file, vllm or sglang, with the layout of the section `serve`, and sends it the requests. Large models "
+        "need this.",
     )
     batch_size: PositiveInt = Field(
         default=8, description="Requests per forward pass; engine server: requests at the same time."

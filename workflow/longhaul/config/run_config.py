@@ -47,13 +47,15 @@ class Checks(FrozenModel):
     )
     bad_hardware: Literal["refuse", "warn"] = Field(
         default="refuse",
-        description="What a failed hardware check does. refuse: the run does not train on the node. warn: it is only reported, "
-        "for sites whose nodes are usable although they fail. A wrong result of a matrix product is always refused.",
+        description="What a failed hardware check does. refuse: the run does not train on the node. warn: the check "
+        "only reports it, for sites whose nodes are usable although they fail. It always refuses a wrong result of a "
+        "matrix product.",
     )
     burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
         default=10.0,
-        description="Time for which all GPUs of a node multiply matrices at once, in seconds. Then their rates are compared, and "
-        "products with a known result are verified. Before each attempt of a training, it is 3 s at most.",
+        description="Time for which all GPUs of a node multiply matrices at once, in seconds. The check compares "
+        "their rates and verifies products with a known result. Before each attempt of a training, this time is 3 s "
+        "at most.",
     )
     min_disk_free_gb: Annotated[float, Field(ge=0, le=1e9)] = Field(
         default=10.0, description="Minimum free disk space for the run folder, in GB."

@@ -29,8 +29,8 @@ class ScaleTest(FrozenModel):
 
     nodes: NodeCounts | None = Field(
         default=None,
-        description="Numbers of nodes; full: all nodes of the stage. null: 2 if GPUs train the stage on more than 2 nodes, else "
-        "none. Numbers on which the stage does not fit are left out, and the plan names them.",
+        description="Numbers of nodes; full: all nodes of the stage. null: 2 if GPUs train the stage on more than 2 "
+        "nodes, else none. The plan leaves out numbers on which the stage does not fit, and names them.",
     )
     minutes: Minutes = Field(
         default=30, description="Time limit of each allocation, in minutes or as hours:minutes:00."

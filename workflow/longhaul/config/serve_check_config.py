@@ -20,7 +20,7 @@ class ServeCheck(FrozenModel):
 
     streams: Annotated[tuple[StreamCount, ...], Field(min_length=1, max_length=8)] = Field(
         default=(1, 8, 64),
-        description=f"Numbers of requests at the same time, at most {MOST_STREAMS}; each is measured once.",
+        description=f"Numbers of requests at the same time, at most {MOST_STREAMS}. The check measures the server with each.",
     )
     answer_tokens: Annotated[int, Field(ge=2, le=4096)] = Field(
         default=32, description="Tokens of an answer. Answers of `transformers serve` end earlier where the text ends."

@@ -29,8 +29,8 @@ class Serve(FrozenModel):
     )
     max_running_requests: Annotated[int, Field(ge=1, le=10**6)] | None = Field(
         default=None,
-        description="Most requests that the engine answers at the same time; further ones wait. null: as the engine chooses. "
-        "Only vllm and sglang have this limit.",
+        description="Maximum number of requests that the engine answers at the same time; further ones wait. null: "
+        "the engine's default. Only vllm and sglang have this limit.",
     )
     expert_parallel: bool = Field(
         default=False,
@@ -42,7 +42,8 @@ class Serve(FrozenModel):
     )
     start_timeout_s: Annotated[int, Field(ge=1, le=86400)] = Field(
         default=3600,
-        description="Time after its start, in seconds, in which the server must answer. It loads the model first.",
+        description="Time limit from the start of the server to its first answer, in seconds, with the time to load "
+        "the model.",
     )
     drain_s: Annotated[int, Field(ge=0, le=86400)] = Field(
         default=60,

@@ -84,7 +84,8 @@ class MasterAddress(FrozenModel):
         default=None, description="Text after the host name, for example i for the InfiniBand names of JSC."
     )
     interface: SlurmWord | None = Field(
-        default=None, description="Network interface of the first node, whose IPv4 address is used; for example ib0."
+        default=None,
+        description="Network interface of the first node, for example ib0. The address is its IPv4 address.",
     )
 
     @model_validator(mode="after")
@@ -116,9 +117,9 @@ class Interconnect(FrozenModel):
     )
     nccl_tests: SingleLine | None = Field(
         default=None,
-        description="Absolute path of the folder with the programs of nccl-tests or rccl-tests on the nodes, for example "
-        "/opt/nccl-tests/build. The fabric check runs them outside of any container, beside its own collectives; null: it does "
-        "not.",
+        description="Absolute path of the folder with the programs of nccl-tests or rccl-tests on the nodes, for "
+        "example /opt/nccl-tests/build. The fabric check runs them outside of any container, in addition to its own "
+        "collectives; null: its own alone.",
     )
     limits: FabricLimits = Field(
         default=FabricLimits(), description="Limits of the fabric check for collectives between all ranks."

@@ -130,7 +130,7 @@ class Zero(FrozenModel):
         default=None, description="Number of elements to prefetch (ZeRO stage 3)."
     )
     stage3_param_persistence_threshold: NonNegativeInt | None = Field(
-        default=None, description="Weights with fewer elements than this are not partitioned (ZeRO stage 3)."
+        default=None, description="ZeRO stage 3 does not partition weights with fewer elements than this."
     )
     stage3_max_live_parameters: PositiveInt | None = Field(
         default=None,
@@ -138,8 +138,8 @@ class Zero(FrozenModel):
     )
     stage3_max_reuse_distance: NonNegativeInt | None = Field(
         default=None,
-        description="Gathered weights are kept if they are used again within this many elements (ZeRO stage 3). In a smaller "
-        "model, they are kept until the backward pass.",
+        description="ZeRO stage 3 keeps gathered weights if a layer uses them again within this many elements. In a "
+        "smaller model, it keeps them until the backward pass.",
     )
 
     @property
@@ -157,7 +157,7 @@ class CheckpointSettings(FrozenModel):
     """Saving and keeping of checkpoints. A checkpoint that another stage or an export needs is always kept."""
 
     every_steps: PositiveStepCount = Field(
-        default=100, description="Steps between two checkpoints. The last step is always saved."
+        default=100, description="Steps between two checkpoints. longhaul always saves the last step."
     )
     keep_last: PositiveInt = Field(default=2, description="Number of newest checkpoints to keep.")
     keep_best: NonNegativeInt = Field(
@@ -169,7 +169,7 @@ class Validation(FrozenModel):
     """Validation on the held-out documents."""
 
     every_steps: PositiveStepCount = Field(
-        default=100, description="Steps between two validations. The last step is always followed by one."
+        default=100, description="Steps between two validations. One always follows the last step."
     )
     max_samples: PositiveInt = Field(
         default=256, description="Maximum number of validation samples. Every validation uses the same samples."
@@ -227,7 +227,7 @@ class Recovery(FrozenModel):
         default=300.0, description="A rank without a heartbeat for this long is treated as hung or dead."
     )
     collective_timeout_s: Timeout = Field(
-        default=1800.0, description="A collective that takes longer than this fails, and the attempt ends."
+        default=1800.0, description="If a collective takes longer than this, the attempt ends."
     )
     stop_margin_s: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=60.0,
@@ -236,7 +236,7 @@ class Recovery(FrozenModel):
     )
     straggler_threshold: Annotated[float, Field(gt=0, le=1000)] = Field(
         default=0.5,
-        description="A rank is reported if it is slower than the median of the other ranks by this fraction in three "
+        description="The log names a rank that is slower than the median of the other ranks by this fraction in three "
         "consecutive measurements.",
     )
 
@@ -244,7 +244,7 @@ class Recovery(FrozenModel):
 class Stage(FrozenModel):
     """One training stage."""
 
-    name: Name = Field(description="Name of the stage. It is used in folder names and job names.")
+    name: Name = Field(description="Name of the stage, also in the names of folders and jobs.")
     kind: Literal["pretrain", "sft"] = Field(
         description="pretrain: loss on every token. sft: loss on the assistant's tokens."
     )
@@ -307,20 +307,21 @@ class Stage(FrozenModel):
     )
     compile: Literal["auto", "off"] = Field(
         default="auto",
-        description="torch.compile of the decoder layers. auto: on GPUs, where the stage allows it. off: never. Compiled layers "
-        "round differently; if this key changes, the stage is trained again in a new weights folder.",
+        description="torch.compile of the decoder layers. auto: on GPUs, where the stage allows it. off: never. "
+        "Compiled layers round differently: if this key changes, the stage trains again in a new weights folder.",
     )
     deterministic: bool = Field(
         default=False,
-        description="On GPUs, use only kernels that give the same bits in every run: a killed training then ends with the bits "
-        "of an undisturbed one. Attention is slower. If this key changes, the stage is trained again in a new weights folder.",
+        description="On GPUs, use only kernels that give the same bits in every run: a resumed training then ends "
+        "with the bits of an undisturbed one. Attention is slower. If this key changes, the stage trains again in a "
+        "new weights folder.",
     )
     checkpoints: CheckpointSettings = Field(default=CheckpointSettings(), description="When to save, and what to keep.")
     validation: Validation = Field(default=Validation(), description="Validation during training.")
     profile_steps: tuple[PositiveStepCount, PositiveStepCount] | None = Field(
         default=None,
-        description=f"First and last step to profile, at most {MOST_PROFILED_STEPS} steps, for example [20, 25]; null: none. The "
-        "report shows where their time went. Changes no result.",
+        description=f"First and last step to profile, at most {MOST_PROFILED_STEPS} steps, for example [20, 25]; "
+        "null: none. The report shows where the time of these steps went. Changes no result.",
     )
     bad_steps: BadSteps = Field(default=BadSteps(), description="Reaction to NaN, infinity and loss spikes.")
     skip_batches: tuple[NonNegativeInt, ...] = Field(
