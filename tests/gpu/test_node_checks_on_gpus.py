@@ -16,11 +16,12 @@ from longhaul.checks.core_speed import measure_slowest_core
 from longhaul.checks.gpu_pair_copies import copy_between_gpus
 from longhaul.checks.gpu_pair_paths import paths_between_torch_gpus
 from longhaul.checks.hardware_checks import hardware_rows
-from longhaul.checks.node_facts import gpus, node_facts
+from longhaul.checks.node_facts import gpus
 from longhaul.checks.nvidia_gpu_facts import NVLINK_PATH, read_gpus
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.run_config import Checks
 from tests.gpu.runs_on_gpus import GPUS, describe_gpus
+from tests.support.facts_here import facts_here
 from tests.support.node_hardware import environment_job
 
 
@@ -35,7 +36,7 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
         folder=str(tmp_path / "results"),
         scratch=str(tmp_path / "scratch"),
     )
-    facts = node_facts("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
+    facts = facts_here("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
     facts |= {"core_speed": measure_slowest_core()}
     rows = hardware_rows([facts], job)
     print_checks(rows)

@@ -25,7 +25,7 @@ from longhaul.checks import node_facts as node_module
 from longhaul.checks import node_measurements
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading
 from longhaul.checks.measurement_types import BurnIn, DiskSpeed, NodeMeasurements, SafeWrite
-from longhaul.checks.node_facts import compiler, node_facts, torch_build, write_error
+from longhaul.checks.node_facts import compiler, torch_build, write_error
 from longhaul.checks.node_problems import node_problems, node_warnings
 from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.config.run_config import Checks
@@ -35,6 +35,7 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
+from tests.support.facts_here import facts_here
 from tests.support.node_hardware import environment_job, gpu, hardware, port, two_gpu_nodes
 
 
@@ -249,7 +250,7 @@ def test_ports_matter_only_between_nodes_and_for_rdma(tmp_path: Path):
 
 
 def test_node_facts_describe_this_machine(tmp_path: Path):
-    facts = node_facts("here", job(tmp_path).model_copy(update={"folder": str(tmp_path / "not" / "yet")}))
+    facts = facts_here("here", job(tmp_path).model_copy(update={"folder": str(tmp_path / "not" / "yet")}))
     assert facts["cpus"] == len(os.sched_getaffinity(0))
     assert facts["memory_bytes"] == psutil.virtual_memory().total
     assert facts["versions"]["torch"].startswith(check.tested_versions()["torch"])
@@ -263,7 +264,7 @@ def test_processes_on_amd_gpus_are_those_before_the_check_opened_them(tmp_path: 
         [AmdReading([AmdGpuFacts("0000:c1:00.0", processes=found)]) for found in ({7: "a"}, {7: "a", 9: "this"})]
     )
     monkeypatch.setattr(node_module, "read_amd_gpus", lambda *addresses: next(readings))
-    assert node_facts("here", job(tmp_path))["hardware"].amd_gpus.gpus[0].processes == {7: "a"}
+    assert facts_here("here", job(tmp_path))["hardware"].amd_gpus.gpus[0].processes == {7: "a"}
 
 
 def test_gpus_of_a_killed_attempt_get_time_to_be_released(monkeypatch: pytest.MonkeyPatch):
@@ -293,19 +294,22 @@ def test_a_stage_tests_its_own_gpus_for_a_short_time(tmp_path: Path, monkeypatch
     monkeypatch.setattr(node_measurements, "_GPU_NODE", sizes)
     monkeypatch.setattr(node_measurements, "_gpus", lambda: [torch.device("cpu")])
     monkeypatch.setattr(node_module, "_SHORT_BURN_IN_S", 0.2)
-    measured, _ = node_module._measure(job(tmp_path, build="cuda 13.0"), FOUND)
+    monkeypatch.setattr(node_module, "gpus", lambda: FOUND)
+    measured = facts_here("here", job(tmp_path, build="cuda 13.0"))["measured"]
     assert measured is not None and [device.name for device in measured.devices] == ["GPU 0 (PCI 0000:3b:00.0)"]
     assert measured.devices[0].verified >= 1 and measured.devices[0].wrong_rows == 0
     assert measured.memory_gb_per_s is measured.local_disk is measured.run_folder is None
-    assert node_module._measure(job(tmp_path), [])[0] is None
+    monkeypatch.setattr(node_module, "gpus", list)
+    assert facts_here("here", job(tmp_path))["measured"] is None
 
 
 def test_gpu_that_fails_under_load_is_measured_as_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def fail(burn_in_s: float) -> NodeMeasurements:
+    def fail(burn_in_s: float) -> list[BurnIn]:
         raise RuntimeError("CUDA error: unspecified launch failure\nmore")
 
-    monkeypatch.setattr(node_measurements, "measure_gpus", fail)
-    measured, _ = node_module._measure(job(tmp_path, build="cuda 13.0"), FOUND)
+    monkeypatch.setattr(node_measurements, "load_devices", fail)
+    monkeypatch.setattr(node_module, "gpus", lambda: FOUND)
+    measured = facts_here("here", job(tmp_path, build="cuda 13.0"))["measured"]
     assert measured == NodeMeasurements([], error="CUDA error: unspecified launch failure")
 
 

@@ -25,6 +25,7 @@ from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
+from tests.support.facts_here import facts_here
 from tests.support.node_hardware import environment_job, gpu, two_gpu_nodes
 
 CPU = torch.device("cpu")
@@ -304,8 +305,8 @@ def test_each_check_of_a_node_measures_its_pairs(tmp_path: Path, monkeypatch: py
     job = environment_job(
         measures_speed=not is_short, checks=Checks(burn_in_s=0.1), folder=str(tmp_path), scratch=str(tmp_path)
     )
-    found: list[dict[str, Any]] = [{"uuid": str(number), "pci_address": ""} for number in range(2)]
-    measured, _ = node_facts._measure(job, found)
+    monkeypatch.setattr(node_facts, "gpus", lambda: [{"uuid": str(number), "pci_address": ""} for number in range(2)])
+    measured = facts_here("here", job)["measured"]
     assert measured is not None
     (pair,) = measured.gpu_pairs
     assert (pair.first, pair.second, pair.path, pair.wrong_bytes) == (0, 1, "NVLink", 0) and pair.gb_per_s > 0

@@ -14,6 +14,7 @@ from longhaul.checks.build_check_rows import merge_equal_rows, problem_lines, wa
 from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.nvidia_gpu_checks import nvidia_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading, with_earlier_nvlink_errors
+from tests.support.facts_here import facts_here
 from tests.support.fake_nvml import build_fake_nvml, healthy_gpu, read_fake_gpus
 from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware
 
@@ -105,7 +106,7 @@ def test_the_environment_check_compares_with_its_first_reading(
     readings = iter([read(library, {}, at_s=100.0), read(library, {"crc_flits4": 2000}, at_s=110.0)])
     monkeypatch.setattr(node_module, "read_gpus", lambda *arguments: next(readings))
     job = environment_job(folder=str(tmp_path))
-    found = node_module.node_facts("n1", job)["hardware"].gpus
+    found = facts_here("n1", job)["hardware"].gpus
     node = {"host": "n1", "cpus": 4, "gpus": [], "measured": None, "hardware": hardware(gpus=found)}
     node |= {"core_speed": HEALTHY_CORES, "run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
     lines = problem_lines(hardware_rows([node], job))

@@ -9,9 +9,9 @@ from pathlib import Path
 from longhaul.checks.amd_gpu_facts import AmdGpuFacts, AmdReading, Answers, Cause, reason_of
 from longhaul.checks.amd_gpu_files import read_gpu_files
 from longhaul.checks.amd_gpu_library import read_library
-from longhaul.checks.call_with_deadline import call_within
 from longhaul.checks.pcie_links import PcieLink
 from longhaul.checks.sysfs_files import SYS
+from longhaul.runtime.call_with_deadline import call_within
 
 _LIBRARY_S = 30.0
 """A GPU that hangs may keep a call into amdsmi for ever. 8 GPUs take about 2 s."""

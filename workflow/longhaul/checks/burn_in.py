@@ -9,8 +9,10 @@ from typing import TypeVar
 
 import torch
 
+from longhaul.checks.hung_steps import GPUS
 from longhaul.checks.matrix_products import ExactProduct, synchronize
 from longhaul.checks.measurement_types import BurnIn
+from longhaul.checks.watched_parts import announce
 
 T = TypeVar("T")
 _PRODUCTS, _COPIES = 10, 5
@@ -22,6 +24,7 @@ class _Load:
     """Matrices of one device, and what it has done."""
 
     def __init__(self, device: torch.device, size: int, exact: ExactProduct | None = None) -> None:
+        announce_on("matrices", device)
         self.device, self.size, self.exact = device, size, exact
         self.factors = exact.factors(device) if exact else ()
         self.a_NN, self.b_NN = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -37,6 +40,7 @@ class _Load:
     def verify(self) -> None:
         """Multiply the factors with the known result, and compare."""
         if self.exact:
+            announce_on("product with a known result", self.device)
             self.verified += 1
             self.wrong_rows += self.exact.count_wrong_rows(torch.mm(*self.factors))
 
@@ -68,6 +72,11 @@ def read_while_busy(devices: Sequence[torch.device], size: int, read: Callable[[
     return found
 
 
+def announce_on(text: str, *devices: torch.device) -> None:
+    """Tell the process that watches which step begins on these GPUs."""
+    announce(text, [device.index for device in devices if device.index is not None], GPUS)
+
+
 def _start_all(loads: Sequence[_Load]) -> None:
     for load in loads:
         load.start(_BUSY_PRODUCTS)
@@ -75,6 +84,7 @@ def _start_all(loads: Sequence[_Load]) -> None:
 
 def _wait_for_all(loads: Sequence[_Load]) -> None:
     for load in loads:
+        announce_on("matrix products", load.device)
         synchronize(load.device)
 
 
@@ -94,6 +104,7 @@ def _time_products(loads: Sequence[_Load]) -> None:
         load.start(_PRODUCTS)
         timer.end()
     for load, timer in zip(loads, timers, strict=True):
+        announce_on("matrix products", load.device)
         load.rates.append(_PRODUCTS * 2 * load.size**3 / timer.seconds() / 1e12)
 
 
@@ -127,6 +138,7 @@ class _Timer:
 
 def _result(load: _Load, copy_bytes: int) -> BurnIn:
     device = load.device
+    announce_on("copies on the GPU, and between host and GPU", device)
     on_device = [torch.ones(copy_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
     on_host = torch.ones(copy_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
     return BurnIn(

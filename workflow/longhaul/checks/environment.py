@@ -4,6 +4,7 @@ hardware_checks.py decide.
 
 from __future__ import annotations
 
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,18 +23,24 @@ from longhaul.checks.build_check_rows import print_checks, problem_lines, warnin
 from longhaul.checks.connection_checks import connection_rows, failed_pairs, nodes_without_connections
 from longhaul.checks.core_speed import is_judged, measure_all_nodes
 from longhaul.checks.hardware_checks import SHARED_FOLDER_WAIT_S, hardware_rows
+from longhaul.checks.hung_steps import GPUS, HUNG_STEP, RUN_FOLDER, SCRATCH, hangs
 from longhaul.checks.judge_measurements import EXACT_RESULTS
 from longhaul.checks.node_connections import Connections, connect_to_others
-from longhaul.checks.node_facts import build_ops, node_facts, swap_facts
+from longhaul.checks.node_facts import node_facts, node_parts, scratch_parts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
+from longhaul.checks.watched_parts import run_parts
 from longhaul.config.shipped_files import data_root
+from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
-from longhaul.runtime.process_rank import Rank, export_rank, require_planned_size, this_rank
-from longhaul.runtime.rendezvous import meet, process_group
+from longhaul.runtime.call_with_deadline import call_within
+from longhaul.runtime.process_rank import Rank, exit_without_cleanup, export_rank, require_planned_size, this_rank
+from longhaul.runtime.rendezvous import RENDEZVOUS_TIMEOUT_S, meet, process_group
 
 # Compiling ops takes minutes on a node that has none yet. The other nodes wait.
 _TIMEOUT_S = 900.0
+_LATEST_S = RENDEZVOUS_TIMEOUT_S + GPUS.limit_s + RUN_FOLDER.limit_s + SCRATCH.limit_s
+"""A node that waits for its own hung steps comes later than the others."""
 _CLOCK_ROUNDS = 5
 _SHARED_FOLDER_POLL_S = 0.1
 CONSTRAINTS = data_root() / "envs" / "constraints.txt"
@@ -48,23 +55,29 @@ def run(job: EnvironmentSpec) -> None:
     """
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    facts = node_facts(rank.node_name, job) | {"ops": build_ops(job.prebuild_ops, job.scratch)}
-    if job.swap_bytes and job.scratch:
-        facts |= {"swap": swap_facts(job.scratch)}
+    import torch  # noqa: F401  # before the fork, so that it is imported once
+
+    facts = node_facts(rank.node_name, job, *run_parts([*node_parts(job), *scratch_parts(job)]))
     export_rank(rank)
-    store = meet(rank)
+    store = meet(rank, _LATEST_S)
     is_connected, found = connect_to_others(store, rank) if rank.world_size > 1 else (True, [])
     if not is_connected:  # gloo would wait for them
         if rank.is_main:
             _refuse_connections(found, job)
         return
     with process_group(rank, "gloo", _TIMEOUT_S, store=store):
-        facts |= {"clock_skew_s": _clock_skew_s(rank), **_shared_folder_times(rank, Path(job.folder))}
+        facts |= {"clock_skew_s": _clock_skew_s(rank)}
+        if not any(_gather(hangs(facts, RUN_FOLDER), rank)):
+            facts |= _shared_folder_times(rank, Path(job.folder))
         if is_judged(job.nodes, owns_cores=job.build != "cpu"):
             facts |= {"core_speed": measure_all_nodes(lambda own: _gather(own, rank))[rank.rank]}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        _judge(nodes, job, connection_rows(found))
+        try:
+            call_within(RUN_FOLDER.limit_s, lambda: _judge(nodes, job, connection_rows(found)))
+        except TimeoutError as error:  # nothing that follows could write into the job's folder either
+            print(f"{rank.host}: writing {job.out}: {error}; {RUN_FOLDER.remedy}", file=sys.stderr, flush=True)
+            exit_without_cleanup(UserError.exit_code)
 
 
 def _refuse_connections(found: Sequence[Connections], job: EnvironmentSpec) -> None:
@@ -112,8 +125,9 @@ def _judge(nodes: list[dict[str, Any]], job: EnvironmentSpec, connections: Seque
 
 
 def _tolerated(row: CheckRow) -> CheckRow:
-    """Return a failed row as a warning, but not that of a wrong result."""
-    return {**row, "result": "warn"} if row["result"] == "fail" and row["check"] not in EXACT_RESULTS else row
+    """Return a failed row as a warning, but not that of a wrong result or of a step that hangs, as a training would."""
+    is_usable = row["check"] not in (*EXACT_RESULTS, HUNG_STEP)
+    return {**row, "result": "warn"} if row["result"] == "fail" and is_usable else row
 
 
 def tested_versions() -> dict[str, str]:
@@ -153,13 +167,18 @@ def _shared_folder_times(rank: Rank, folder: Path) -> dict[str, float | None]:
 
     prefix = f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
     files = [folder / f"{prefix}-{number}" for number in range(rank.world_size)]
-    with suppress(OSError):  # the write test reports this error
-        files[rank.rank].touch()
+    with suppress(
+        OSError
+    ):  # the write test reports this error; a folder that hangs from now on is one that sees no files
+        call_within(RUN_FOLDER.limit_s, files[rank.rank].touch)
     dist.barrier()
-    seen = _seen_after_s(files if rank.is_main else files[:1])
+    looked_for = files if rank.is_main else files[:1]
+    seen: list[float | None] = [None] * len(looked_for)
+    with suppress(TimeoutError):
+        seen = call_within(SHARED_FOLDER_WAIT_S + RUN_FOLDER.limit_s, lambda: _seen_after_s(looked_for))
     by_first = _gather(seen, rank)[0]
     with suppress(OSError):  # a read-only file system refuses it also for a file that is not there
-        files[rank.rank].unlink()
+        call_within(RUN_FOLDER.limit_s, files[rank.rank].unlink)
     return {"run_folder_seen_after_s": seen[0], "own_file_seen_after_s": by_first[rank.rank]}
 
 
@@ -185,7 +204,7 @@ def _print_nodes(report: EnvironmentReport) -> None:
         free = node["disk_free_bytes"]
         table.add_row(
             node["host"],
-            *(str(versions[name]) for name in ("python", "torch", "deepspeed", "build")),
+            *(str(versions.get(name)) for name in ("python", "torch", "deepspeed", "build")),
             str(len(node["gpus"])),
             str(node["cpus"]),
             f"{node['memory_bytes'] / 2**30:.0f}",

@@ -14,6 +14,7 @@ import torch
 from longhaul.checks.burn_in import copy_seconds
 from longhaul.checks.measurement_types import GpuPair
 from longhaul.checks.pair_schedule import order_of_rounds, pairs_of_round
+from longhaul.checks.watched_parts import announce
 
 Copy = Callable[[torch.Tensor, torch.Tensor], float]
 """Copies the second tensor into the first one, and returns the seconds that it took."""
@@ -66,6 +67,7 @@ def _measure_pair(first: _Buffers, second: _Buffers, copy: Copy) -> GpuPair:
     Raises:
         RuntimeError: it cannot. CUDA's text, such as that of an NVLink error, names no GPU.
     """
+    announce("copies between two GPUs", [first.number, second.number])
     try:
         there, wrong_there = second.receive(first, copy)
         back, wrong_back = first.receive(second, copy)

@@ -14,6 +14,7 @@ from longhaul.checks.build_check_rows import Component, FactCheck, fail_if, merg
 from longhaul.checks.compare_rates_with_limits import RateLimits
 from longhaul.checks.core_speed import CoreSpeed, core_speed_rows
 from longhaul.checks.hardware_facts import HardwareFacts
+from longhaul.checks.hung_steps import hung_step_rows
 from longhaul.checks.judge_measurements import measurement_rows
 from longhaul.checks.network_interfaces import InterfaceFacts
 from longhaul.checks.nvidia_gpu_checks import kernel_log_rows, nvidia_rows
@@ -61,12 +62,14 @@ Nodes = Sequence[Mapping[str, Any]]
 
 def hardware_rows(nodes: Nodes, job: EnvironmentSpec) -> list[CheckRow]:
     """Return the rows of all nodes. Components of a node that are ok with the same value share a row."""
-    measured = {node["host"]: node["measured"] for node in nodes if node["measured"]}
+    measured, all_nodes = {node["host"]: node["measured"] for node in nodes if node["measured"]}, nodes
+    nodes = [node for node in nodes if node["hardware"]]  # what a hung step hides is compared with no other node
     uses_rdma = job.interconnect in LINK_LAYERS and len(nodes) > 1
     rows = [
+        *(row for node in all_nodes for row in hung_step_rows(node)),
         *measurement_rows(measured, RateLimits(job.minimums, job.baseline, _gpu_name(nodes, job))),
         *_gpu_rows(nodes, job),
-        *core_speed_rows(_core_speeds(nodes), owns_cores=job.build != "cpu"),
+        *core_speed_rows(_core_speeds(all_nodes), owns_cores=job.build != "cpu"),
         *(_port_rows(nodes, job) if len(nodes) > 1 else ()),
         *(pcie_rows({node["host"]: node["hardware"] for node in nodes}) if job.build != "cpu" else ()),
         *(row for node in nodes for row in _node_rows(node, job, uses_rdma)),
@@ -120,6 +123,8 @@ def _gpu_name(nodes: Nodes, job: EnvironmentSpec) -> str:
 def _visible_rows(component: Component, node: Mapping[str, Any]) -> Iterator[CheckRow]:
     """Yield the rows of files of other nodes. A folder that is not shared is a problem of the run, not of a node."""
     expected = f"within {SHARED_FOLDER_WAIT_S:g} s"
+    if "run_folder_seen_after_s" not in node:  # the run folder of some node hangs
+        return
     for check, seen_after_s in (
         ("file of the first node is visible", node["run_folder_seen_after_s"]),
         ("own file is visible to the first node", node["own_file_seen_after_s"]),

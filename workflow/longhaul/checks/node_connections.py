@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 from pydantic import TypeAdapter
 
-from longhaul.checks.call_with_deadline import call_within
 from longhaul.errors import first_line
+from longhaul.runtime.call_with_deadline import call_within
 from longhaul.runtime.process_rank import Rank
 from longhaul.runtime.rendezvous import RendezvousError, wait_for_keys
 

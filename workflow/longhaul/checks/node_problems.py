@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from longhaul.checks.hardware_checks import LINK_LAYERS, SHARED_FOLDER_WAIT_S
+from longhaul.checks.hung_steps import COMMANDS, GPUS, hangs
 from longhaul.jobs.container import SHARED_MEMORY
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
@@ -70,12 +71,13 @@ def _warnings_of_node(node: Facts, largest_bytes: int) -> list[str]:
 
 
 def _version_and_gpu_differences(nodes: Sequence[Facts]) -> list[str]:
-    """Return one line for each version or GPU that is not the same on all nodes."""
+    """Return one line for each version or GPU that is not the same on all nodes that state it."""
     found = []
-    for name in nodes[0]["versions"]:
+    for name in dict.fromkeys(name for node in nodes for name in node["versions"]):
         remedy = "let the admins install one driver" if name == "driver" else _ONE_ENVIRONMENT
-        found += _difference(name, {node["host"]: str(node["versions"].get(name)) for node in nodes}, remedy)
-    gpus = {node["host"]: _gpus_text(node["gpus"]) for node in nodes}
+        known = {node["host"]: str(node["versions"][name]) for node in nodes if name in node["versions"]}
+        found += _difference(name, known, remedy)
+    gpus = {node["host"]: _gpus_text(node["gpus"]) for node in nodes if not hangs(node, GPUS)}
     return found + _difference("GPUs", gpus, _ONE_KIND)
 
 
@@ -84,7 +86,7 @@ def _difference(name: str, value_of_host: Mapping[str, str], remedy: str) -> lis
     hosts: dict[str, list[str]] = {}
     for host, value in value_of_host.items():
         hosts.setdefault(value, []).append(host)
-    if len(hosts) == 1:
+    if len(hosts) < 2:
         return []
     text = "; ".join(f"{value} on {', '.join(names)}" for value, names in hosts.items())
     return [f"{name} is not the same on all nodes: {text}; {remedy}"]
@@ -131,13 +133,13 @@ def _shared_memory_problems(node: Facts) -> list[Problem]:
 def _software_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
     """Return problems of torch, DeepSpeed and the number of GPUs that torch can use."""
     found, versions = list[Problem](), node["versions"]
-    if versions["build"] != job.build:
+    if versions.get("build", job.build) != job.build:
         text = f"torch is built for {versions['build']}, the site file says accelerator: {job.build}"
         found.append(Problem(text, f"install torch for {job.build} in the job environment, or correct accelerator"))
-    if versions["deepspeed"] is None:
+    if versions.get("deepspeed", "") is None:
         found.append(Problem("deepspeed is not installed", "pip install 'longhaul[job]' in the job environment"))
-    if job.build != "cpu" and len(node["gpus"]) < job.gpus_per_node:
-        driver = versions["driver"] or "none found"
+    if job.build != "cpu" and len(node["gpus"]) < job.gpus_per_node and not hangs(node, GPUS):
+        driver = versions.get("driver") or "none found"
         text = f"torch can use {len(node['gpus'])} GPUs, {job.gpus_per_node} are needed (driver: {driver})"
         found.append(Problem(text, "exclude the node, or lower gpus_per_node"))
     return found
@@ -156,10 +158,10 @@ def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
         return [
             Problem(f"cannot write to {job.folder}: {node['write_error']}", "let this user write there on all nodes")
         ]
-    if node["run_folder_seen_after_s"] is None:
+    if node.get("run_folder_seen_after_s", 0.0) is None:
         text = f"{job.folder} is not the folder that the first node sees: it must be on a shared file system"
         return [Problem(text, "mount it")]
-    if node["own_file_seen_after_s"] is None:
+    if node.get("own_file_seen_after_s", 0.0) is None:
         text = f"files that this node writes to {job.folder} are not visible on the first node after {SHARED_FOLDER_WAIT_S:g} s"
         return [Problem(text, "mount the same folder on all nodes, without a cache for writes")]
     free, minimum = node["disk_free_bytes"], job.checks.min_disk_free_gb
@@ -170,7 +172,7 @@ def _disk_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
 
 
 def _op_problems(node: Facts, job: EnvironmentSpec) -> list[Problem]:
-    if job.prebuild_ops and not node["compiler"]:
+    if job.prebuild_ops and not node["compiler"] and not hangs(node, COMMANDS):
         text = f"no C++ compiler (c++ or $CXX), but optimizer offload needs {', '.join(job.prebuild_ops)} compiled"
         return [Problem(text, "install g++ in the job environment, or load a module")]
     return [
@@ -212,6 +214,7 @@ def _port_problems(nodes: Sequence[Facts], job: EnvironmentSpec) -> list[str]:
     counts = {
         node["host"]: sum(port.is_active and port.link_layer == layer for port in node["hardware"].ports)
         for node in nodes
+        if node["hardware"]
     }
     missing = [
         f"{host}: no active {layer} port in /sys/class/infiniband, the site file says interconnect.kind: {job.interconnect}; "

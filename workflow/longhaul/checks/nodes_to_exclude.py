@@ -55,7 +55,7 @@ def _first_problems(found: Sequence[str]) -> str:
 def _other_versions(nodes: Sequence[Facts]) -> Iterator[tuple[str, str]]:
     """Yield each node that has another version of something than more than half of all nodes, and a sentence about it."""
     for name in nodes[0]["versions"]:
-        values = {node["host"]: node["versions"].get(name) for node in nodes}
+        values = {node["host"]: node["versions"][name] for node in nodes if name in node["versions"]}
         usual, count = Counter(values.values()).most_common(1)[0]
         if 2 * count > len(nodes):
             yield from (

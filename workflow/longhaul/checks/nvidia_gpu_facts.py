@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from longhaul.checks.call_with_deadline import call_within
+from longhaul.runtime.call_with_deadline import call_within
 
 MIB = 2**20
 _NVML_S = 30.0

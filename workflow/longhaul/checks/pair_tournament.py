@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
-from longhaul.checks.call_with_deadline import call_within
 from longhaul.checks.fabric_limits import SLOW_SHARES
 from longhaul.checks.packet_loss import grown, read_error_counters
 from longhaul.checks.pair_bandwidth import PairMeter
@@ -32,6 +31,7 @@ from longhaul.checks.pair_schedule import (
 )
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.errors import UserError, first_line
+from longhaul.runtime.call_with_deadline import call_within
 from longhaul.runtime.process_rank import Rank
 
 _MOST_MEASUREMENT_S = 45.0

@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from longhaul.checks.call_with_deadline import call_within
+from longhaul.runtime.call_with_deadline import call_within
 
 _STUCK = """
 import ctypes
-from longhaul.checks.call_with_deadline import call_within
+from longhaul.runtime.call_with_deadline import call_within
 try:
     call_within(0.1, lambda: ctypes.CDLL(None).sleep(600))  # in C, without Python's lock, as a call into NCCL
 except TimeoutError as error:
