@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
         folder=str(tmp_path / "results"),
         scratch=str(tmp_path / "scratch"),
     )
-    facts = facts_here("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
+    facts: dict[str, Any] = facts_here("here", job) | {"run_folder_seen_after_s": 0.0, "own_file_seen_after_s": 0.0}
     facts |= {"core_speed": measure_slowest_core()}
     rows = hardware_rows([facts], job)
     print_checks(rows)

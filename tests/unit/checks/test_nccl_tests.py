@@ -327,3 +327,20 @@ def test_a_job_on_this_machine_runs_the_programs_and_reports_their_rates(tmp_pat
     report = FabricReport.read(workdir / plan.paths.fabric)
     assert len(report.nccl_tests) == 66 and {one["world_size"] for one in report.nccl_tests} == {2}
     assert report.results and not failed_path(workdir / plan.paths.fabric).exists()
+
+
+def test_program_that_cannot_be_killed_is_left_behind():
+    """No test can make a process that SIGKILL does not end, so this one only says how long it is waited for."""
+    waits: list[float | None] = []
+
+    class Unkillable:
+        def terminate(self) -> None: ...
+
+        kill = terminate
+
+        def wait(self, timeout: float | None = None) -> int:
+            waits.append(timeout)
+            raise subprocess.TimeoutExpired("all_reduce_perf", timeout or 0.0)
+
+    nccl_tests._stop(Unkillable())  # type: ignore[arg-type]
+    assert waits == [30.0, 30.0]

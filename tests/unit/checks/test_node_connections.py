@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -255,3 +256,14 @@ def test_node_listens_on_its_next_address_where_ipv6_is_off(monkeypatch: pytest.
     listener = node_connections._listener(["::1", "127.0.0.1"])
     assert listener and listener.getsockname()[0] == "127.0.0.1"
     listener.close()
+
+
+def test_own_name_that_nobody_answers_for_costs_its_time_alone(monkeypatch: pytest.MonkeyPatch):
+    """Like gloo, the node then listens on the loopback, and its neighbours name it."""
+    stopped = threading.Event()
+    monkeypatch.setattr(node_connections, "CONNECT_S", 0.2)
+    monkeypatch.setattr(node_connections, "_addresses", lambda name: stopped.wait(600))
+    try:
+        assert node_connections._own_addresses("n1") == ["127.0.0.1"]
+    finally:
+        stopped.set()

@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -99,6 +100,18 @@ def test_name_of_rank_0_without_an_address_is_reported_at_once(monkeypatch: pyte
     )
     with pytest.raises(UserError, match=wanted), process_group(Rank(1, 2, 0, 2, "n8"), "gloo", 30.0):
         pass
+
+
+def test_name_service_that_never_answers_is_named(monkeypatch: pytest.MonkeyPatch):
+    stopped = threading.Event()
+    monkeypatch.setattr(rendezvous, "_NAME_SERVICE_S", 0.0)
+    monkeypatch.setattr(rendezvous, "_NAME_ANSWER_S", 0.2)
+    monkeypatch.setattr(rendezvous.socket, "getaddrinfo", lambda *arguments: stopped.wait(600))
+    try:
+        with pytest.raises(UserError, match=r"cannot resolve n7, the name of rank 0's node: no answer within 0\.2 s"):
+            rendezvous._require_known_name(Rank(1, 2, 0, 2, "n8"), "n7")
+    finally:
+        stopped.set()
 
 
 @pytest.mark.parametrize(

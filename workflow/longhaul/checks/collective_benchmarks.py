@@ -11,6 +11,7 @@ whole buffer.
 from __future__ import annotations
 
 import math
+import socket
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,10 @@ import torch
 import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import CollectiveResult
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
+from longhaul.checks.pair_tournament import BrokenLinkError
+from longhaul.checks.watched_parts import announce
+from longhaul.errors import first_line
 
 _CHECKED_ROUNDS, _WARMUP_ROUNDS, _FEWEST_ROUNDS, _FEWEST_SINGLE_ROUNDS = 1, 3, 3, 5
 _MOST_ROUNDS, _MOST_SINGLE_ROUNDS = 200, 100
@@ -103,7 +108,23 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
     """Check one round of a collective at one size; then time it on the slowest rank.
 
     Many rounds in a row give the bandwidth, and rounds one by one the percentiles. GB = 10^9 bytes.
+
+    Raises:
+        BrokenLinkError: a rank that takes part has ended, or does not answer.
     """
+    where = "all ranks" if group.scope == "all" else "the ranks of this node"
+    text, device = f"{collective.name} of {size_bytes:,} bytes between {where}", group.device
+    announce(text, [] if device.index is None else [device.index], COLLECTIVES_OF_RANKS)
+    try:
+        return _measure(collective, group, size_bytes)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # of gloo or NCCL
+        message = f"rank {dist.get_rank()} on {socket.gethostname()}: {text}: {first_line(error)}"
+        raise BrokenLinkError(message, COLLECTIVES_OF_RANKS.remedy) from None
+
+
+def _measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> CollectiveResult:
     elements = max(group.size, size_bytes // _FLOAT_BYTES)
     elements -= elements % group.size
     run_once, is_correct = collective.prepare(group, elements)

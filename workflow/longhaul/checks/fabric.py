@@ -21,6 +21,7 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS, CONNECTIONS, KERNEL, RUN_FOLDER
 from longhaul.checks.judge_nccl_tests import print_nccl_tests, with_nccl_tests
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
 from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
@@ -28,7 +29,8 @@ from longhaul.checks.packet_loss import grown_line
 from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
-from longhaul.errors import BadNodesError
+from longhaul.checks.watched_parts import HungStep, Part, Step, announce, run_parts
+from longhaul.errors import BadNodesError, UserError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rank_placement import gpu_index
@@ -55,9 +57,28 @@ def run(job: FabricSpec) -> None:
     """Measure pairs of nodes and collectives, and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        BadNodesError: nodes are slow with most others.
-        UserError:     another problem; the first rank raises it and lists all problems.
+        BadNodesError:  nodes are slow with most others.
+        HungCheckError: a step of this rank did not end, or ended its process.
+        UserError:      another problem; the first rank raises it and lists all problems.
     """
+    first_step = Step("rendezvous, and opening of connections to the other ranks", CONNECTIONS)
+    _, hung = run_parts([Part("check", first_step, lambda _: _check(job))])
+    if hung:
+        raise HungCheckError(hung[0], this_rank())
+
+
+class HungCheckError(UserError):
+    """A step of a rank did not end in time. On other nodes it may."""
+
+    failure_class = "node"
+
+    def __init__(self, hung: HungStep, rank: Rank) -> None:
+        step = hung.step
+        places = [rank.node_name, f"rank {rank.rank}", *(f"GPU {index} by torch's number" for index in step.gpus)]
+        super().__init__(f"{': '.join(places)}: {step.text}: {hung.reason}", step.subject.remedy)
+
+
+def _check(job: FabricSpec) -> None:
     import torch
 
     from longhaul.checks.new_link_errors import LinkErrors
@@ -71,15 +92,19 @@ def run(job: FabricSpec) -> None:
     backend = "nccl" if on_gpu else "gloo"
     with process_group(rank, backend, _TIMEOUT_S):
         device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
+        announce("names of the nodes", _numbers(device), COLLECTIVES_OF_RANKS)
         hosts = _of_first_ranks(rank, rank.node_name)
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
         is_full = tournament.is_healthy and not job.pairs_only
+        announce("error counters of links before the collectives", _numbers(device), KERNEL)
         errors = LinkErrors(rank, device) if is_full else None
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
         results = _measure_between(rank, device, backend) if is_full else []
+        announce("error counters of links after the collectives", _numbers(device), COLLECTIVES_OF_RANKS)
         new_errors = errors.gather_new() if errors else []
         hardware = measured_hardware(device, _slowest_network(rank) if is_full else None)
+    announce(f"report in {job.out}", subject=RUN_FOLDER)
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
         report = _compared(replace(report, warnings=new_errors), job, hardware)
@@ -126,6 +151,10 @@ def most_added_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = False
 
 def _tournament_budget_s(pairs_only: bool) -> float:
     return _QUICK_TOURNAMENT_BUDGET_S if pairs_only else _TOURNAMENT_BUDGET_S
+
+
+def _numbers(device: Any) -> list[int]:
+    return [] if device.index is None else [device.index]
 
 
 def _print_planned_time(job: FabricSpec) -> None:

@@ -1,4 +1,4 @@
-"""Names what steps of the node check use, how long a step may take there, and the remedy; writes the rows of hung steps."""
+"""Names what steps of the checks use, how long a step may take there, and the remedy; writes the rows of hung steps."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ KERNEL = Subject(
     "exclude the node: a driver does not answer; its kernel log says which one, and a restart may help",
 )
 COMMANDS = Subject("commands", 60.0, "run the command on the node; exclude the node if it does not return there either")
+CONNECTIONS = Subject(
+    "connections between ranks",
+    600.0,  # the rendezvous waits 190 s and names who is missing; NCCL takes a minute with thousands of ranks
+    "read in the job's log what the other ranks do: one that is silent has a broken GPU, or no network to the others",
+)
+COLLECTIVES_OF_RANKS = Subject(
+    "messages between ranks",
+    150.0,  # torch's own time-out, 60 s, comes first where its watchdog still runs
+    "look for a rank of the job's log that waits elsewhere, or not at all: its GPU or its node is broken; exclude that node",
+)
 
 
 def hung_steps(node: Mapping[str, Any]) -> Sequence[HungStep]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +143,8 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(_STOP_S)
     except subprocess.TimeoutExpired:
         process.kill()
-        process.wait()
+        with suppress(subprocess.TimeoutExpired):  # Linux keeps it until the GPU answers; the check goes on
+            process.wait(_STOP_S)
 
 
 def _last_line(text: str) -> str:

@@ -215,7 +215,7 @@ def _ip_addresses(found: Sequence[Any]) -> list[str]:
 def _own_addresses(host: str) -> list[str]:
     """Return the addresses of the host's own name, as gloo tries them; gloo takes the loopback where there is none."""
     with suppress(OSError, UnicodeError):
-        return _addresses(host)
+        return call_within(CONNECT_S, lambda: _addresses(host))
     return ["127.0.0.1"]
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
 from longhaul.checks.fabric_limits import SLOW_SHARES
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
 from longhaul.checks.packet_loss import grown, read_error_counters
 from longhaul.checks.pair_bandwidth import PairMeter
 from longhaul.checks.pair_evidence import PairEvidence, PairMeasurement, RailPair
@@ -30,6 +31,7 @@ from longhaul.checks.pair_schedule import (
     planned_seconds,
 )
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
+from longhaul.checks.watched_parts import announce
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.call_with_deadline import call_within
 from longhaul.runtime.process_rank import Rank
@@ -74,6 +76,7 @@ def run_tournament(rank: Rank, hosts: Sequence[str], device: torch.device, budge
     """
     if len(hosts) < 2:
         return Tournament()
+    announce("pair tournament", [] if device.index is None else [device.index], COLLECTIVES_OF_RANKS)
     table = _MeasuredRounds(rank, hosts, device)
     counters = read_error_counters() if rank.local_rank == 0 else {}
     if rank.is_main:
@@ -149,11 +152,12 @@ class _MeasuredRounds:
 
     def _measure(self, pair: Pair) -> PairMeasurement:
         """Measure this rank's exchange with the other node of a pair."""
+        names = " and ".join(self._hosts[node] for node in pair)
+        announce(f"messages between {names} on rail {self._rail}", subject=COLLECTIVES_OF_RANKS)
         peer = pair[1] if pair[0] == self._node else pair[0]
         try:
             return call_within(_MOST_MEASUREMENT_S, lambda: self._meter.measure(peer * self._rails + self._rail))
         except (RuntimeError, TimeoutError) as error:  # RuntimeError: of gloo or NCCL
-            names = " and ".join(self._hosts[node] for node in pair)
             raise BrokenLinkError(
                 f"{names} cannot exchange messages on rail {self._rail}: {first_line(error)}",
                 f"ask the administrators to test the network of both nodes; to exclude one, add it to {QUARANTINE}",
@@ -161,6 +165,7 @@ class _MeasuredRounds:
 
     def _rank_0_says(self, value: bool) -> bool:
         """Return rank 0's value, when all ranks have come here: the pairs of a round begin together."""
+        announce("start of a round of the pair tournament", subject=COLLECTIVES_OF_RANKS)
         said = torch.tensor([int(value and self._rank.is_main)], device=self._device)
         dist.all_reduce(said)
         return bool(said.item())

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from longhaul.errors import UserError, first_line
+from longhaul.runtime.call_with_deadline import call_within
 from longhaul.runtime.process_rank import Rank, export_rank
 from longhaul.runtime.rank_placement import gpu_index
 from longhaul.runtime.rdma_variables import set_rdma_variables
@@ -35,6 +36,8 @@ RENDEZVOUS_TIMEOUT_S = 180.0
 _COMPLETE = "complete"
 _RESULT_KEY = "longhaul/rendezvous"
 _POLL_INTERVAL_S = 0.05
+_NAME_ANSWER_S = 30.0
+"""A resolver asks its servers for up to so long. A daemon of the node between them may never answer."""
 _NAME_SERVICE_S, _NAME_RETRY_INTERVAL_S = 5.0, 1.0
 """A busy name service may miss a question. So many seconds without an answer are a wrong name."""
 
@@ -150,7 +153,7 @@ def _require_known_name(rank: Rank, name: str) -> None:
 
 def _name_problem(name: str) -> str:
     try:
-        socket.getaddrinfo(name, None)
+        call_within(_NAME_ANSWER_S, lambda: socket.getaddrinfo(name, None))
     except (OSError, UnicodeError) as error:
         return str(getattr(error, "strerror", None) or error)
     return ""
