@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -62,6 +63,25 @@ environment.run(EnvironmentSpec.read(Path(sys.argv[1])))
 """
 
 
+_NODE_WITH_HUNG_FOLDER = """
+import os, sys
+from dataclasses import replace
+from pathlib import Path
+
+from longhaul.checks import hung_steps
+
+hung_steps.RUN_FOLDER = replace(hung_steps.RUN_FOLDER, limit_s=1.5)
+
+from longhaul.checks import environment, node_facts
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+
+if os.environ["RANK"] == "1":
+    # A FIFO that nobody writes to
+    node_facts.os.fsync = node_facts.Path.touch = lambda *arguments: os.open(sys.argv[2], os.O_RDONLY)
+environment.run(EnvironmentSpec.read(Path(sys.argv[1])))
+"""
+
+
 def stub(folder: Path, name: str, script: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -105,6 +125,34 @@ def test_hung_copy_command_and_disk_are_named_and_the_rest_of_the_node_is_report
     assert values["products with a known result"].startswith("0 wrong rows") and "memory bandwidth (triad)" in values
     assert "write, fsync, rename, read in the run folder" in values and "slowest core of the job" in values
     assert not [line for line in report.problems if "driver" in line.split(";")[0] and "not the same" in line]
+
+
+def test_node_whose_run_folder_hangs_is_excluded_by_the_other_one(tmp_path: Path):
+    """Nodes do not look for each other's files then: that would hang, too."""
+    os.mkfifo(tmp_path / "mount")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = {
+        "folder": str(tmp_path / "results"),
+        "job_folder": str(tmp_path),
+        "out": str(tmp_path / "environment.json"),
+    }
+    job = environment_job(nodes=2, gpus_per_node=1, build="cpu", interconnect="none", socket_interface=None,
+                          scratch=str(tmp_path), checks=Checks(min_disk_free_gb=0.001), **paths)  # fmt: skip
+    job.write(tmp_path / "job.json")
+    command = [sys.executable, "-c", _NODE_WITH_HUNG_FOLDER, str(tmp_path / "job.json"), str(tmp_path / "mount")]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+              "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    nodes = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                         env={**os.environ, **shared, "RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"})
+        for rank in (0, 1)
+    ]  # fmt: skip
+    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 0] and "longhaul.errors.BadNodesError" in errors[0], errors
+    assert f"  - n1: {HUNG_STEP}: free space of {tmp_path / 'results'}, and a write: no end after 1.5" in errors[0]
+    assert RUN_FOLDER.remedy in errors[0] and "first node" not in errors[0]
 
 
 def hung(subject: Subject, *gpus: int) -> HungStep:
