@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 
 import psutil
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
+_UNKILLABLE_S = 60.0
+"""As UnkillableStepTimeout of Slurm."""
 
 
 def adopt_orphans() -> None:
@@ -21,13 +24,23 @@ def signal_at_end_of_parent(number: int) -> None:
 
 
 def kill_descendants(spared: frozenset[int] = frozenset()) -> None:
-    """Kill and reap all processes below this one, apart from `spared` and what is below them."""
+    """Kill and reap all processes below this one, apart from `spared` and what is below them.
+
+    One that waits in the kernel, for a disk or a GPU that does not answer, cannot be killed. It is named and left behind.
+    """
+    deadline = time.monotonic() + _UNKILLABLE_S
     while found := [child for child in psutil.Process().children() if child.pid not in spared]:
+        if (left_s := deadline - time.monotonic()) <= 0:
+            names = ", ".join(f"{child.pid} ({child.name()}, {child.status()})" for child in found)
+            print(
+                f"processes that SIGKILL does not end within {_UNKILLABLE_S:g} s are left behind: {names}", flush=True
+            )
+            return
         for child in found:
             for process in (child, *_below(child)):
                 _kill(process)
         # Children of a killed process become children of this one, if it adopted orphans: look again.
-        psutil.wait_procs(found, timeout=5)
+        psutil.wait_procs(found, timeout=min(5.0, left_s))
         _reap()
 
 
