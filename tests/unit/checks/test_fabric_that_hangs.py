@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS, GPUS
 from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 
@@ -39,16 +39,51 @@ collective_benchmarks.COLLECTIVES = (collective_benchmarks.Collective("all_gathe
 fabric.run(FabricSpec.read(Path(sys.argv[1])))
 """
 
+_GPU_THAT_DOES_NOT_OPEN = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
 
-def start_rank(job: Path, rank: int, port: int, number: signal.Signals) -> subprocess.Popen[str]:
+from longhaul.checks import hung_steps
+
+hung_steps.GPUS = replace(hung_steps.GPUS, limit_s=1.0)
+
+import torch
+from longhaul.checks import fabric
+from longhaul.jobs.kinds.fabric_job import FabricSpec
+
+torch.cuda.is_available = lambda: time.sleep(600)
+fabric.run(FabricSpec.read(Path(sys.argv[1])))
+"""
+
+
+def start_rank(
+    job: Path, rank: int, port: int, number: signal.Signals, program: str = _RANK, ranks: int = 2
+) -> subprocess.Popen[str]:
     """Start a rank as the only one of node n<rank>."""
     variables = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                 "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "RANK": str(rank), "LOCAL_RANK": "0",
+                 "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": "1", "RANK": str(rank), "LOCAL_RANK": "0",
                  "SLURMD_NODENAME": f"n{rank}"}  # fmt: skip
-    command = [sys.executable, "-c", _RANK, str(job), str(_LIMIT_S), str(number.value)]
+    command = [sys.executable, "-c", program, str(job), str(_LIMIT_S), str(number.value)]
     return subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | variables
     )
+
+
+def fabric_job(folder: Path, nodes: int) -> Path:
+    job = FabricSpec(
+        run="r", nodes=nodes, gpus_per_node=1, limits=FabricLimits(), node_limits=FabricLimits(), baseline=None,
+        pairs_only=False, folder=str(folder), out=str(folder / "fabric.json"),
+    )  # fmt: skip
+    job.write(folder / "job.json")
+    return folder / "job.json"
+
+
+def test_gpu_that_cuda_cannot_open_is_named(tmp_path: Path):
+    rank = start_rank(fabric_job(tmp_path, 1), 0, 0, signal.SIGKILL, _GPU_THAT_DOES_NOT_OPEN, ranks=1)
+    error = rank.communicate(timeout=200)[1]
+    assert rank.returncode == 1 and "n0: rank 0: first call into CUDA or ROCm: no end after 1" in error
+    assert f"remedy: {GPUS.remedy}" in error
 
 
 @pytest.mark.parametrize(
@@ -64,12 +99,8 @@ def test_rank_that_waits_in_a_collective_names_it(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    job = FabricSpec(
-        run="r", nodes=2, gpus_per_node=1, limits=FabricLimits(), node_limits=FabricLimits(), baseline=None,
-        pairs_only=False, folder=str(tmp_path), out=str(tmp_path / "fabric.json"),
-    )  # fmt: skip
-    job.write(tmp_path / "job.json")
-    ranks = [start_rank(tmp_path / "job.json", rank, port, number) for rank in (0, 1)]
+    job = fabric_job(tmp_path, 2)
+    ranks = [start_rank(job, rank, port, number) for rank in (0, 1)]
     errors = [rank.communicate(timeout=200)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1], errors
     step = "all_gather of 8 bytes between all ranks: "

@@ -55,7 +55,7 @@ def run(job: EnvironmentSpec) -> None:
     """
     rank = this_rank()
     require_planned_size(rank, job.nodes, job.nodes)
-    import torch  # noqa: F401  # before the fork, so that it is imported once
+    import torch  # noqa: F401  # before the child starts, so that it is imported once
 
     facts = node_facts(rank.node_name, job, *run_parts([*node_parts(job), *scratch_parts(job)]))
     export_rank(rank)

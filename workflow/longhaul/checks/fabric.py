@@ -21,7 +21,7 @@ from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
-from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS, CONNECTIONS, KERNEL, RUN_FOLDER
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS, CONNECTIONS, GPUS, KERNEL, RUN_FOLDER
 from longhaul.checks.judge_nccl_tests import print_nccl_tests, with_nccl_tests
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
 from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
@@ -61,7 +61,9 @@ def run(job: FabricSpec) -> None:
         HungCheckError: a step of this rank did not end, or ended its process.
         UserError:      another problem; the first rank raises it and lists all problems.
     """
-    first_step = Step("rendezvous, and opening of connections to the other ranks", CONNECTIONS)
+    import torch  # noqa: F401  # before the child starts, so that the time of the import is not that of its first step
+
+    first_step = Step("first call into CUDA or ROCm", GPUS)
     _, hung = run_parts([Part("check", first_step, lambda _: _check(job))])
     if hung:
         raise HungCheckError(hung[0], this_rank())
@@ -79,8 +81,6 @@ class HungCheckError(UserError):
 
 
 def _check(job: FabricSpec) -> None:
-    import torch
-
     from longhaul.checks.new_link_errors import LinkErrors
     from longhaul.checks.pair_tournament import run_tournament
 
@@ -88,10 +88,10 @@ def _check(job: FabricSpec) -> None:
     require_planned_size(rank, job.nodes * job.gpus_per_node, job.nodes)
     if rank.is_main:
         _print_planned_time(job)
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    backend = "nccl" if on_gpu else "gloo"
+    device = _open_device(rank)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    announce("rendezvous, and opening of connections to the other ranks", _numbers(device), CONNECTIONS)
     with process_group(rank, backend, _TIMEOUT_S):
-        device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
         announce("names of the nodes", _numbers(device), COLLECTIVES_OF_RANKS)
         hosts = _of_first_ranks(rank, rank.node_name)
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
@@ -151,6 +151,18 @@ def most_added_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = False
 
 def _tournament_budget_s(pairs_only: bool) -> float:
     return _QUICK_TOURNAMENT_BUDGET_S if pairs_only else _TOURNAMENT_BUDGET_S
+
+
+def _open_device(rank: Rank) -> Any:
+    """Return this rank's GPU, which CUDA has opened; the CPU on a node without GPUs."""
+    import torch
+
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", gpu_index(rank))
+    announce("first call into CUDA or ROCm", _numbers(device))
+    torch.cuda.set_device(device)
+    return device
 
 
 def _numbers(device: Any) -> list[int]:
