@@ -193,3 +193,28 @@ def test_node_without_any_result_has_facts(tmp_path: Path):
     facts = node_facts("n1", environment_job(measures_speed=True), {}, [hung(replace(KERNEL, limit_s=1.0))])
     assert facts["gpus"] == [] and facts["versions"] == {} and facts["hardware"] is None
     assert facts["measured"] is not None and facts["measured"].devices == []
+
+
+_FIRST_NODE_WITHOUT_FOLDER = """
+import sys, time
+from dataclasses import replace
+from pathlib import Path
+
+from longhaul.checks import hung_steps
+
+hung_steps.RUN_FOLDER = replace(hung_steps.RUN_FOLDER, limit_s=1.0)
+
+from longhaul.checks import environment
+from longhaul.jobs.kinds.environment_job import EnvironmentSpec
+from longhaul.runtime.process_rank import this_rank
+
+environment._write_in_time(this_rank(), EnvironmentSpec.read(Path(sys.argv[1])), lambda: time.sleep(600))
+"""
+
+
+def test_first_node_that_cannot_write_the_report_says_so_and_ends(tmp_path: Path):
+    environment_job(out=str(tmp_path / "environment.json")).write(tmp_path / "job.json")
+    command = [sys.executable, "-c", _FIRST_NODE_WITHOUT_FOLDER, str(tmp_path / "job.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 2
+    assert f": writing {tmp_path / 'environment.json'}: no answer within 1 s; {RUN_FOLDER.remedy}" in done.stderr

@@ -7,7 +7,7 @@ from __future__ import annotations
 import sys
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def run(job: EnvironmentSpec) -> None:
     is_connected, found = connect_to_others(store, rank) if rank.world_size > 1 else (True, [])
     if not is_connected:  # gloo would wait for them
         if rank.is_main:
-            _refuse_connections(found, job)
+            _write_in_time(rank, job, lambda: _refuse_connections(found, job))
         return
     with process_group(rank, "gloo", _TIMEOUT_S, store=store):
         facts |= {"clock_skew_s": _clock_skew_s(rank)}
@@ -73,11 +73,19 @@ def run(job: EnvironmentSpec) -> None:
             facts |= {"core_speed": measure_all_nodes(lambda own: _gather(own, rank))[rank.rank]}
         nodes = _gather(facts, rank)
     if rank.is_main:
-        try:
-            call_within(RUN_FOLDER.limit_s, lambda: _judge(nodes, job, connection_rows(found)))
-        except TimeoutError as error:  # nothing that follows could write into the job's folder either
-            print(f"{rank.host}: writing {job.out}: {error}; {RUN_FOLDER.remedy}", file=sys.stderr, flush=True)
-            exit_without_cleanup(UserError.exit_code)
+        _write_in_time(rank, job, lambda: _judge(nodes, job, connection_rows(found)))
+
+
+def _write_in_time(rank: Rank, job: EnvironmentSpec, write: Callable[[], None]) -> None:
+    """Call a function that prints and then writes to the run folder. Where that hangs, end this process.
+
+    Nothing that follows could write into the job's folder, either.
+    """
+    try:
+        call_within(RUN_FOLDER.limit_s, write)
+    except TimeoutError as error:
+        print(f"{rank.host}: writing {job.out}: {error}; {RUN_FOLDER.remedy}", file=sys.stderr, flush=True)
+        exit_without_cleanup(UserError.exit_code)
 
 
 def _refuse_connections(found: Sequence[Connections], job: EnvironmentSpec) -> None:
