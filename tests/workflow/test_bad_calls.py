@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longhaul.cli import main
+from tests.support.corpora import dataset, make_tokenizer, text, tokenize_job, write_jsonl
 from tests.support.pipeline_run import REPOSITORY
+from tests.support.run_module_in_forks import ForkedModule
 from tests.support.small_configs import LOCAL, write_config
+from tests.support.supervised_job import folder_of, write_job
 from tests.support.user_errors import files_below, refused_message, snakemake
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.base.steps is 0"),
     "config value on the command line": ({}, {}, ["--config", "seed=4"], "--config sets seed"),
     "two configs": ({}, {}, [str(REPOSITORY / "config" / "config.yaml")], "2 config files are named"),
-    "Slurm site without the Slurm executor": ({}, {}, [], "use --profile profiles/slurm"),
-    "Slurm site without the Slurm executor in a dry run": ({}, {}, ["-n", "-j4"], "use --profile profiles/slurm"),
+    "Slurm site without the Slurm executor": ({}, {}, [], f"use --profile {REPOSITORY}/profiles/slurm"),
+    "Slurm site without the Slurm executor in a dry run": (
+        *({}, {}, ["-n", "-j4"]),
+        f"use --profile {REPOSITORY}/profiles/slurm",
+    ),
     "local site with the Slurm executor": (
         {},
         LOCAL,
@@ -40,6 +48,61 @@ def test_snakemake_reports_mistake_before_any_job(
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "remedy: " in done.stderr
     assert not (run / "results").exists()
+
+
+WORKFLOW = ["-s", str(REPOSITORY / "Snakefile"), "--profile", str(REPOSITORY / "profiles" / "local")]
+FOLLOWED: dict[str, tuple[dict[str, Any], list[str], str, dict[str, Any], list[str]]] = {
+    "two configs": (LOCAL, [str(REPOSITORY / "config" / "config.yaml")], "name one", LOCAL, []),
+    "config value": (LOCAL, ["--config", "seed=4"], "write it into the config file", {**LOCAL, "seed": 4}, []),
+    "software deployment": (LOCAL, ["--software-deployment-method", "conda"], "drop the option", LOCAL, []),
+    "fewer rerun triggers": (LOCAL, ["--rerun-triggers", "mtime"], "drop the option", LOCAL, []),
+    "local profile": ({}, [], "use --profile {slurm}", {}, ["--profile", "{slurm}"]),
+    "local profile, other site": ({}, [], "`site: local`", {"site": "local"}, []),
+    "Slurm's profile": (LOCAL, ["--profile", "{slurm}"], "use --profile {local}", LOCAL, ["--profile", "{local}"]),
+    "Slurm's profile, other site": (
+        LOCAL,
+        ["--profile", "{slurm}"],
+        "name your centre's site",
+        {},
+        ["--profile", "{slurm}"],
+    ),
+}
+"""Name -> bad site, bad options, remedy, better keys of the config or the site file, better options."""
+
+
+@pytest.fixture(scope="module")
+def forked_snakemake() -> Iterator[ForkedModule]:
+    forked = ForkedModule("snakemake", ("snakemake.cli", "longhaul.scheduling.snakefile_functions"), os.environ)
+    yield forked
+    forked.close()
+
+
+@pytest.mark.parametrize(("site", "bad", "says", "changes", "better"), FOLLOWED.values(), ids=FOLLOWED)
+def test_after_the_remedy_snakemake_plans_the_run(
+    tmp_path: Path,
+    forked_snakemake: ForkedModule,
+    site: dict[str, Any],
+    bad: list[str],
+    says: str,
+    changes: dict[str, Any],
+    better: list[str],
+):
+    profiles = {name: str(REPOSITORY / "profiles" / name) for name in ("local", "slurm")}
+
+    def plan(config: Path, options: list[str]) -> subprocess.CompletedProcess[str]:
+        words = [word.format(**profiles) for word in options]
+        words += [] if "--profile" in words else ["--profile", profiles["local"]]
+        where = ["-n", "-s", str(REPOSITORY / "Snakefile"), "--configfile", str(config)]
+        return forked_snakemake.run(*where, *words, cwd=tmp_path, environment=os.environ)
+
+    refused = plan(write_config(tmp_path / "config", {}, site), bad)
+    assert refused.returncode == 2 and says.format(**profiles) in refused.stderr.partition("remedy: ")[2], (
+        refused.stderr
+    )
+    of_config = {key: value for key, value in changes.items() if key in ("site", "seed")}
+    of_site = {key: value for key, value in changes.items() if key not in of_config}
+    done = plan(write_config(tmp_path / "config", of_config, of_site), better)
+    assert done.returncode == 0, done.stderr
 
 
 UNREADABLE: dict[str, tuple[str, list[str], str]] = {
@@ -90,13 +153,38 @@ def test_file_of_a_run_that_is_not_there_is_named(
     assert message in printed and remedy in printed.partition("remedy:")[2]
 
 
-def test_working_folder_with_unusable_name_is_reported(tmp_path: Path):
+def test_a_job_runs_after_its_kind_and_its_file_are_named_as_the_remedies_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    corpus = write_jsonl(tmp_path / "texts.jsonl", "text", (text(i) for i in range(20)))
+    make_tokenizer(tmp_path, [corpus])
+    job = tokenize_job(tmp_path, tmp_path, [corpus], dataset())
+    job.write(tmp_path / "job.json")
+    kinds = refused_message(capsys, "job", "run", "tokenise", "job.json").partition("use one of ")[2]
+    assert "tokenize" in kinds.strip().split(", ")
+    assert "remedy: name job.json" in refused_message(capsys, "job", "run", "tokenize", ".")
+    supervised = write_job(tmp_path, "print('step')")
+    named = folder_of(supervised).launch_spec
+    assert f"remedy: name {named}" in refused_message(capsys, "job", "supervise", supervised.folder)
+    for words in (["run", "tokenize", "job.json"], ["supervise", str(named)]):
+        with pytest.raises(SystemExit) as ended:
+            main(["job", *words])
+        assert not ended.value.code
+
+
+def test_working_folder_with_unusable_name_is_reported_until_it_has_another(
+    tmp_path: Path, forked_snakemake: ForkedModule
+):
     config = write_config(tmp_path / "config", None, LOCAL)
     run = tmp_path / "costs $5"
     run.mkdir()
-    done = snakemake(run, "-n", "--configfile", str(config))
+    words = ["-n", *WORKFLOW, "--configfile", str(config)]
+    done = forked_snakemake.run(*words, cwd=run, environment=os.environ)
     assert done.returncode == 2 and "contains '$'" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr and "remedy: " in done.stderr
+    assert "Traceback" not in done.stderr and "remedy: run in a folder whose name has no quotes, $," in done.stderr
+    run = run.rename(tmp_path / "costs 5")
+    assert forked_snakemake.run(*words, cwd=run, environment=os.environ).returncode == 0
 
 
 def test_results_folder_that_cannot_be_created_is_reported(tmp_path: Path):

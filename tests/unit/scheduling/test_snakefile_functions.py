@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Lock
-from longhaul.artifacts.paths import JobId
+from longhaul.artifacts.paths import RESULTS, JobId
 from longhaul.compat.slurm_plugin import SlurmActions
+from longhaul.errors import UserError
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client, snakefile_functions
@@ -33,6 +34,22 @@ def submitted(monkeypatch: pytest.MonkeyPatch) -> list[JobId]:
 
     monkeypatch.setattr(snakefile_functions, "submitted_request", recorded)
     return jobs
+
+
+def test_folder_that_cannot_be_written_is_refused_until_another_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The check's answer is replaced for one folder: file modes do not restrict root."""
+    monkeypatch.chdir(tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))
+    with pytest.raises(
+        UserError, match=rf"cannot write to {tmp_path}\s+remedy: name a folder of your own with --directory"
+    ):
+        snakefile_functions._check_results_folder(RESULTS)
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir("own")  # as --directory does
+    assert snakefile_functions._check_results_folder(RESULTS) == tmp_path / "own"
 
 
 def test_all_resources_of_a_job_come_from_one_reading_of_its_state(tmp_path: Path, submitted: list[JobId]):

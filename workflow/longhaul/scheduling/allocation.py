@@ -17,7 +17,7 @@ from longhaul.scheduling.slurm_client import JobInfo, SlurmCommandError
 _SRUN_TIMEOUT_S = 20.0
 _SLURM_TIMEOUT_S = 600.0
 _POLL_INTERVAL_S = 5.0
-_SUBMIT_HINT = "Submit job.sbatch, or run snakemake --profile profiles/slurm"
+_SUBMIT_HINT = "submit job.sbatch with sbatch, or run the config: longhaul run CONFIG"
 
 
 @dataclass(frozen=True)

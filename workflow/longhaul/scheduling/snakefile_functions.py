@@ -153,13 +153,18 @@ def _check_executor(site: Site) -> None:
     if site.scheduler == "slurm" and is_local:
         raise UserError(
             f"site {site.name} has scheduler: slurm, but Snakemake's executor is {executor}: jobs would start here",
-            "use --profile profiles/slurm, or name a site of this machine in the config: `site: local`",
+            f"use --profile {_profile(site)}, or name a site of this machine in the config: `site: local`",
         )
     if site.scheduler == "local" and not is_local:
         raise UserError(
             f"site {site.name} has scheduler: local, but Snakemake's executor is {executor}",
-            "use --profile profiles/local, or name your centre's site file in the config: `site: my-centre.yaml`",
+            f"use --profile {_profile(site)}, or name your centre's site file in the config: `site: my-centre.yaml`",
         )
+
+
+def _profile(site: Site) -> Path:
+    """Return the full path of the profile for a site: Snakemake looks for a relative one in the current folder."""
+    return data_root() / "profiles" / site.scheduler
 
 
 def _check_results_folder(folder: Path) -> Path:
