@@ -143,7 +143,7 @@ def test_logs_of_the_last_attempts_stay(plan: Plan) -> None:
     assert paths_of(plan) == [] and len(logs.logs()) == KEPT_ATTEMPTS
 
 
-def test_active_run_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_active_run_is_refused_until_nothing_works_on_it(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     old = Path("results/small/stages/gone/weights/0123456789abcdef")
     write_text(old / "identity.json", "{}")
     plan.paths.lease.write_text(json.dumps(asdict(LeaseOwner.this_process())))
@@ -171,15 +171,19 @@ def test_active_run_is_refused(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> N
         raise SlurmCommandError("squeue did not answer within 30 s")
 
     monkeypatch.setattr(slurm_client, "queue_of", fail)
-    with pytest.raises(UserError, match="did not answer"):
+    with pytest.raises(UserError, match=r"did not answer .*\s+remedy: ask again later"):
         prune(plan, delete=True)
     monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [])
     endpoint = plan.paths.job(JobId("serve", ("base",))).endpoint
     Endpoint("http://127.0.0.1:1/v1", "m", "vllm", None, True, LeaseOwner.this_process()).write(endpoint)
-    with pytest.raises(UserError, match="serves an export of run small"):
+    with pytest.raises(UserError, match="serves an export of run small") as served:
         prune(plan, delete=True)
+    assert served.value.hint == f"stop it: longhaul serve {plan.loaded.path} base --stop"
     endpoint.unlink()
     WeightsFolder(old).lease.write_text(json.dumps(asdict(LeaseOwner("another-host", 1, "1"))))
     with pytest.raises(UserError, match="may write to"):
         prune(plan, delete=True)
     assert old.exists()
+    WeightsFolder(old).lease.unlink()
+    prune(plan, delete=True)
+    assert not old.exists()

@@ -21,7 +21,7 @@ from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.endpoint import read_endpoint
 from longhaul.artifacts.leases import Lease
-from longhaul.artifacts.paths import AttemptLogs, JobId, RunPaths, WeightsFolder
+from longhaul.artifacts.paths import SERVE_KIND, AttemptLogs, JobId, RunPaths, WeightsFolder
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError, printable
 from longhaul.jobs.job_kind import job_kinds, jobs_of, jobs_on_demand
@@ -189,11 +189,13 @@ def require_idle_run(plan: Plan, results: list[OldResult]) -> None:
         raise UserError(
             f"jobs of run {plan.run} are in Slurm's queue: {', '.join(jobs)}", "wait until they end, or cancel them"
         )
-    endpoints = filter(None, (read_endpoint(folder.endpoint) for folder in plan.paths.job_folders()))
-    if server := next(endpoints, None):
-        raise UserError(
-            f"{server.owner} serves an export of run {plan.run}", "stop it: longhaul serve CONFIG STAGE --stop"
-        )
+    for folder in plan.paths.job_folders():
+        if server := read_endpoint(folder.endpoint):
+            stage = folder.path.name.removeprefix(f"{SERVE_KIND}-")
+            raise UserError(
+                f"{server.owner} serves an export of run {plan.run}",
+                f"stop it: longhaul serve {plan.loaded.path} {stage} --stop",
+            )
     for result in results:
         writer = Lease(WeightsFolder(result.path).lease).current_owner() if result.kind == "weights" else None
         if writer and not writer.is_dead():

@@ -106,10 +106,13 @@ def _in_capitals(words: tuple[str, ...]) -> Iterator[str]:
 def stop(plan: Plan, stage: str) -> None:
     """Stop the server of a stage: cancel its Slurm job, or end its process on this machine.
 
+    The config may have lost the stage, or its export, since the server was started.
+
     Raises:
         UserError: no server runs.
     """
-    job = _job(plan, stage)
+    started = JobId(SERVE_KIND, (stage,))
+    job = started if plan.paths.job(started).path.exists() else _job(plan, stage)
     if plan.site.scheduler == "slurm":
         _cancel(plan, job)
         return
