@@ -22,5 +22,7 @@ def data_root() -> Path:
     return _INSTALLED if is_installed() else PACKAGE.parents[1]
 
 
+CHAT_TEMPLATES = data_root() / "templates" / "chat"
+"""Chat templates that mark the assistant's turns. Messages name the full path: a config names paths relative to itself."""
 KEY_LIST = data_root() / "docs" / "config.md"
 """The page with all keys of run configs and site files. Messages name its full path, as a wheel has it elsewhere."""

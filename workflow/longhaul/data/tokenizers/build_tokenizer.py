@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.artifacts.atomic_files import content_hash, file_sha256
-from longhaul.config.shipped_files import data_root
+from longhaul.config.shipped_files import CHAT_TEMPLATES
 from longhaul.data.readers.read_documents import document_texts, read_documents
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import RENDER_LIMIT_S, ChatTemplate
@@ -25,7 +25,7 @@ from longhaul.runtime.cpu_time_limit import ends_its_process
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_CHAT_TEMPLATE = data_root() / "templates" / "chat" / "chatml.jinja"
+DEFAULT_CHAT_TEMPLATE = CHAT_TEMPLATES / "chatml.jinja"
 EOS, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 # Qwen2's pre-tokenization: words with one leading space or symbol, single digits, runs of symbols, line breaks, spaces.
 _PRE_TOKENIZE = (
@@ -137,7 +137,7 @@ def _install_chat_template(tokenizer: PreTrainedTokenizerBase, job: TokenizerSpe
     elif job.needs_chat_template:
         raise InputError(
             f"the tokenizer {job.path} has no chat template, but a stage trains on chats",
-            "set tokenizer.chat_template, for example to templates/chat/chatml.jinja",
+            f"set tokenizer.chat_template, for example to {DEFAULT_CHAT_TEMPLATE}",
         )
 
 
@@ -175,7 +175,7 @@ def _test(template: ChatTemplate) -> None:
         raise UserError(
             f"{where}: one operation of the chat template, such as the comparison of nested lists, has no end within "
             f"{2 * RENDER_LIMIT_S} s of CPU time",
-            "remove the operation, or give another template as tokenizer.chat_template (templates/chat has some)",
+            f"remove the operation, or give another template as tokenizer.chat_template ({CHAT_TEMPLATES} has some)",
         )
     template.render(_TEST_CONVERSATION, where)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longhaul.compat.transformers_chat_templates import render_chat
+from longhaul.config.shipped_files import CHAT_TEMPLATES
 from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters
@@ -30,7 +31,7 @@ _THINK, _THINK_END = "<think>", "</think>"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 RENDER_LIMIT_S = 10
 RENDER_MEMORY_BYTES = 10**9
-REMEDY = "give a template with {% generation %} markers as tokenizer.chat_template (templates/chat has some)"
+REMEDY = f"give a template with {{% generation %}} markers as tokenizer.chat_template ({CHAT_TEMPLATES} has some)"
 
 
 class Conversation(NamedTuple):
