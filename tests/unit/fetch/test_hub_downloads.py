@@ -259,13 +259,17 @@ def test_fetch_of_one_task_pins_nothing_else(tmp_path: Path, hub: Hub, fetch: Fe
 
 
 @pytest.mark.parametrize(("repository", "reason"), [("org/none", "404 Not Found"), ("org/broken", "JSON parse error")])
-def test_task_whose_data_cannot_be_downloaded(tmp_path: Path, fetch: Fetch, repository: str, reason: str):
+def test_task_whose_data_cannot_be_downloaded_until_its_name_is_right(
+    tmp_path: Path, fetch: Fetch, repository: str, reason: str
+):
     (tmp_path / "quiz.yaml").write_text(QUIZ.replace("org/quiz", repository))
     stage = {**STAGE, "export": "last", "evaluate": {"tasks": ["quiz"], "files": ["quiz.yaml"]}}
     done = fetch(tmp_path, {"stages": [stage]}, "--only", "base/quiz")
     assert done.returncode == 2 and f"task quiz: cannot download the dataset {repository} of the Hub" in done.stderr
     assert reason in done.stderr and "remedy: check its name" in done.stderr
     assert not list(tmp_path.glob("results/small/task_data/**/*.json"))
+    (tmp_path / "quiz.yaml").write_text(QUIZ)
+    assert fetch(tmp_path, {"stages": [stage]}, "--only", "base/quiz").returncode == 0
 
 
 SPLITS: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -394,6 +398,33 @@ def test_a_download_error_is_reported(tmp_path: Path, hub: Hub, fetch: Fetch, ch
     assert done.returncode == 2 and expected in done.stderr, done.stderr
     assert "remedy: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "results" / "small.lock.json").exists()
+
+
+def _prose(hub: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"datasets": {"prose": {"kind": "text", **({"hub": hub} if hub else {}), **keys}}}
+
+
+FOLLOWED: dict[str, tuple[str, dict[str, Any]]] = {
+    "a missing configuration": ("`name` to one of its configurations", _prose({"id": "org/text", "name": "de"})),
+    "no name but several configurations": ("or download it and set `files`", _prose({}, files=["own.jsonl"])),
+    "a missing split": ("`split` to one of train, test", _prose({"id": "org/text", "name": "en", "split": "test"})),
+    "a missing column in a stream": (
+        "`columns` to some of text",
+        _prose({"id": "org/text", "name": "de", "max_documents": 3}, columns={"text": "text"}),
+    ),
+    "an unsupported format": ("convert the split and set `files`", _prose({}, files=["own.jsonl"])),
+    "a missing dataset": ("check the name", _prose({"id": "org/text", "name": "en"})),
+    "a missing revision": ("check the name", {}),
+}
+
+
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_after_the_remedy_the_sources_are_pinned(tmp_path: Path, hub: Hub, fetch: Fetch, name: str):
+    says, changes = FOLLOWED[name]
+    assert says in fetch(tmp_path, ERRORS[name][0]).stderr.partition("remedy: ")[2]
+    (tmp_path / "own.jsonl").write_text('{"text": "a"}\n')
+    done = fetch(tmp_path, changes)
+    assert done.returncode == 0 and (tmp_path / "results/small.lock.json").exists(), done.stderr
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "generation_config.json"])

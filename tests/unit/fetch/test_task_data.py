@@ -9,8 +9,11 @@ import yaml
 from lm_eval.tasks import manager
 
 from longhaul.errors import UserError
+from longhaul.fetch.hub_splits import _json_line
 from longhaul.fetch.task_data import pin_task_data
 from tests.support.small_configs import plan_of
+
+TASK = {"dataset_path": "json", "test_split": "test", "doc_to_text": "a", "doc_to_target": "b"}
 
 
 @pytest.fixture(autouse=True)
@@ -22,15 +25,9 @@ def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     folder = tmp_path / "lm_eval_tasks"
     folder.mkdir()
-    task = {
-        "task": "summaries",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
-        "test_split": "test",
-        "doc_to_text": "a",
-        "doc_to_target": "b",
-        "metric_list": [{"metric": "rouge", "aggregation": "mean", "higher_is_better": True}],
-    }
+    data = {"dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}}
+    rouge = {"metric": "rouge", "aggregation": "mean", "higher_is_better": True}
+    task = {**TASK, **data, "task": "summaries", "metric_list": [rouge]}
     (folder / "summaries.yaml").write_text(yaml.safe_dump(task))
     code = yaml.safe_dump({**task, "task": "instructions"}).replace(
         "doc_to_text: a", "doc_to_text: !function utils.text"
@@ -58,7 +55,7 @@ def _tasks_of_lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
     ],
 )
-def test_task_that_cannot_run_is_refused(
+def test_task_that_cannot_run_is_refused_until_another_one_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, message: str, hint: str
 ):
     monkeypatch.chdir(tmp_path)
@@ -66,3 +63,33 @@ def test_task_that_cannot_run_is_refused(
     with pytest.raises(UserError, match=message) as refused:
         pin_task_data(plan.loaded, "base", task)
     assert hint in refused.value.hint and not (tmp_path / "results").exists()
+    own = {**TASK, "task": "sums", "dataset_kwargs": {"data_files": {"test": "lm_eval_tasks/rows.jsonl"}}}
+    (tmp_path / "sums.yaml").write_text(yaml.safe_dump(own | {"metric_list": [{"metric": "exact_match"}]}))
+    evaluate = {"tasks": ["sums"], "files": ["sums.yaml"]}
+    plan = plan_of(tmp_path, {"stages.0.export": "last", "stages.0.evaluate": evaluate})
+    pin_task_data(plan.loaded, "base", "sums")
+    assert (tmp_path / "results").exists()
+
+
+def test_task_file_that_lm_eval_cannot_use_is_refused_until_it_is_corrected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    data = {"dataset_kwargs": {"data_files": {"test": "lm_eval_tasks/rows.jsonl"}}}
+    evaluate = {"tasks": ["sums"], "files": ["sums.yaml"]}
+    for split in ("tset", "test"):
+        task = {**TASK, **data, "task": "sums", "test_split": split, "metric_list": [{"metric": "exact_match"}]}
+        (tmp_path / "sums.yaml").write_text(yaml.safe_dump(task))
+        loaded = plan_of(tmp_path, {"stages.0.export": "last", "stages.0.evaluate": evaluate}).loaded
+        if split == "test":
+            pin_task_data(loaded, "base", "sums")
+        else:
+            with pytest.raises(UserError, match=r"lm_eval cannot build task sums .*\s+remedy: correct the task file"):
+                pin_task_data(loaded, "base", "sums")
+
+
+def test_column_that_is_no_text_is_refused_until_another_is_named():
+    row = {"picture": b"png", "body": "text"}
+    with pytest.raises(UserError, match=r"row 1: .*\s+remedy: set the dataset's `columns` to text columns"):
+        _json_line(row, ["picture"], "row 1")
+    assert _json_line(row, ["body"], "row 1") == '{"body": "text"}\n'

@@ -27,7 +27,7 @@ def list_split_files(source: HubDataset, commit: str) -> list[str]:
     if source.split not in splits:
         raise UserError(
             f"dataset {source.id} at {commit}, configuration {config.name}, has no split {source.split!r}",
-            f"its splits are {', '.join(map(str, splits))}",
+            f"set the dataset's hub `split` to one of {', '.join(map(str, splits))}",
         )
     root = f"hf://datasets/{source.id}@{commit}/"
     return [str(file).removeprefix(root) for file in splits[source.split]]
@@ -94,6 +94,7 @@ def _json_line(row: dict[str, Any], columns: list[str], where: str) -> str:
     try:
         return json.dumps({column: without_null_fields(row[column]) for column in columns}, ensure_ascii=False) + "\n"
     except KeyError as error:
-        raise UserError(f"{where}: no column {error}", f"its columns are {', '.join(row)}") from None
+        remedy = f"set the dataset's `columns` to some of {', '.join(row)}"
+        raise UserError(f"{where}: no column {error}", remedy) from None
     except TypeError as error:
         raise UserError(f"{where}: {error}", "set the dataset's `columns` to text columns") from None
