@@ -11,6 +11,7 @@ import pytest
 from longhaul.config.site_serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
 from longhaul.planning import Plan, check_inference_engine
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import plan_of
 
 CHECK = {"stages.1.export": "last", "stages.1.serve_check": {"streams": [1], "answer_tokens": 16}}
@@ -45,4 +46,4 @@ def test_the_default_engine_needs_what_the_extra_installs(tmp_path: Path, monkey
     present.remove("openai")
     with pytest.raises(UserError, match="needs the package openai") as refused:
         planned(tmp_path / "b", {})
-    assert refused.value.hint == "pip install -c envs/constraints.txt '.[serve]'"
+    assert refused.value.hint == f"pip install -c {REPOSITORY}/envs/constraints.txt 'longhaul[serve]'"

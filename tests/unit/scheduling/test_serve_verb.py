@@ -22,6 +22,7 @@ from longhaul.planning import Plan, check_inference_engine
 from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
+from tests.support.pipeline_run import REPOSITORY
 from tests.support.served_run import FAKE_VLLM, KEY, ServedRun
 from tests.support.small_configs import DEEPSEEK, LLAMA, LOCAL, plan_of
 from tests.support.supervised_job import fake_program
@@ -238,7 +239,10 @@ def test_the_default_engine_without_its_extra_is_named_before_submission(
     monkeypatch.setattr(check_inference_engine, "find_spec", lambda name: None if name == "fastapi" else name)
     with pytest.raises(UserError, match="engine transformers needs the package fastapi") as error:
         serve_verb.serve(plan_of(tmp_path, {"stages.0.export": "last"}), "base")
-    assert error.value.hint == "pip install -c envs/constraints.txt '.[serve]'" and not slurm.submitted
+    assert (
+        error.value.hint == f"pip install -c {REPOSITORY}/envs/constraints.txt 'longhaul[serve]'"
+        and not slurm.submitted
+    )
 
 
 def test_requests_and_experts_of_the_section_reach_the_engine(tmp_path: Path):

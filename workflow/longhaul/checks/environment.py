@@ -30,7 +30,7 @@ from longhaul.checks.node_facts import node_facts, node_parts, scratch_parts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
 from longhaul.checks.watched_parts import run_parts
-from longhaul.config.shipped_files import data_root
+from longhaul.config.shipped_files import CONSTRAINTS
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.call_with_deadline import call_within
@@ -43,7 +43,6 @@ _LATEST_S = RENDEZVOUS_TIMEOUT_S + GPUS.limit_s + RUN_FOLDER.limit_s + SCRATCH.l
 """A node that waits for its own hung steps comes later than the others."""
 _CLOCK_ROUNDS = 5
 _SHARED_FOLDER_POLL_S = 0.1
-CONSTRAINTS = data_root() / "envs" / "constraints.txt"
 
 
 def run(job: EnvironmentSpec) -> None:

@@ -24,5 +24,7 @@ def data_root() -> Path:
 
 CHAT_TEMPLATES = data_root() / "templates" / "chat"
 """Chat templates that mark the assistant's turns. Messages name the full path: a config names paths relative to itself."""
+CONSTRAINTS = data_root() / "envs" / "constraints.txt"
+"""The tested versions of all packages, for `pip install -c`."""
 KEY_LIST = data_root() / "docs" / "config.md"
 """The page with all keys of run configs and site files. Messages name its full path, as a wheel has it elsewhere."""

@@ -6,6 +6,7 @@ import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
+from longhaul.config.shipped_files import CONSTRAINTS
 from longhaul.config.site_config import Site
 from longhaul.config.site_serving_config import ENGINE_PACKAGES, EngineName
 from longhaul.errors import UserError
@@ -33,5 +34,5 @@ def missing_package(engine: EngineName, package: str, python: str) -> UserError:
     own = f"install {engine} in an environment of its own, and set serving.python in the site file to its Python"
     return UserError(
         f"serving.engine {engine} needs the package {package}, which {python} does not have",
-        "pip install -c envs/constraints.txt '.[serve]'" if engine == "transformers" else own,
+        f"pip install -c {CONSTRAINTS} 'longhaul[serve]'" if engine == "transformers" else own,
     )
