@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from longhaul.data.readers.read_documents import read_documents
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, write_jsonl
+from tests.support.remedies_in_source import record_places, remedies_in_source
 from tests.workflow.test_bad_data import CHATS, DATA, GOOD, arrow_file
 
 
@@ -95,3 +97,60 @@ def test_after_the_remedy_the_chats_are_read(name: str, settings: dict[str, Any]
 
 def test_every_remedy_of_bad_data_is_followed():
     assert {*REMEDIES} == {*DATA}
+
+
+def _call(**keys: Any) -> list[dict[str, Any]]:
+    """Return a conversation whose answer calls a tool with these keys of its function."""
+    question, answer = {"role": "user", "content": "Q"}, {"role": "assistant", "tool_calls": [{"function": keys}]}
+    return [question, answer]
+
+
+def _answer(content: Any = "A", **keys: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": "Q"}, {"role": "assistant", "content": content, **keys}]
+
+
+_TOOLS = [{"type": "function", "function": {"name": "add"}}]
+CONVERSATIONS: dict[str, tuple[Any, Any, Any, Any]] = {
+    "use [{role, content}, …]": ("hello", _answer(), [], []),
+    "use [{type: function, function: {…}}, …]": (_answer(), _answer(), {"add": 1}, _TOOLS),
+    "fix the conversation": (["hello"], _answer(), [], []),
+    "fix the conversation, or": ([{"role": "robot", "content": "x"}], _answer(), [], []),
+    "only the assistant calls tools: fix": ([{**_answer()[0], "tool_calls": [1]}], _answer(), [], []),
+    "use {role, content}": ([{"content": "x"}], _answer(), [], []),
+    "remove this row": (_answer([{"type": "image"}]), _answer(), [], []),
+    "keep the one with the reasoning": (_answer(reasoning="a", thinking="b"), _answer(reasoning="a"), [], []),
+    "use 0 for turns outside of the loss": (_answer(weight=0.5), _answer(weight=0), [], []),
+    "use [{type, function}, …]": (_answer(tool_calls=5), _call(name="add"), [], []),
+    "use {type: function, function: {name, arguments}}": (_call(arguments={}), _call(name="add", arguments={}), [], []),
+    "use {name: value, …}": (_call(name="add", arguments=[1]), _call(name="add", arguments={"a": 1}), [], []),
+    "rename the key": (_call(name="add", parameters={"a": 1}), _call(name="add", arguments={"a": 1}), [], []),
+    "remove it": (_call(name="add", parameters={"a": 1}), _call(name="add"), [], []),
+    "fix or remove this row": (_call(name="add", arguments="{"), _call(name="add", arguments="{}"), [], []),
+}
+"""Part of the remedy -> a bad and a good conversation, bad and good tools."""
+
+
+@pytest.mark.parametrize(("says", "case"), CONVERSATIONS.items(), ids=CONVERSATIONS)
+def test_after_the_remedy_the_conversation_is_read(says: str, case: tuple[Any, Any, Any, Any], tmp_path: Path):
+    bad, good, tools, good_tools = case
+    assert says in refused_conversation(tmp_path, bad, tools)
+    assert len(documents_of(tmp_path, good, good_tools)) == 1
+
+
+def refused_conversation(folder: Path, messages: Any, tools: Any) -> str:
+    with pytest.raises(UserError) as refused:
+        documents_of(folder, messages, tools)
+    return refused.value.hint
+
+
+def documents_of(folder: Path, messages: Any, tools: Any) -> list[Any]:
+    (folder / "a.jsonl").write_text(json.dumps({"messages": messages, "tools": tools}) + "\n")
+    return list(read_documents([str(folder / "a.jsonl")], dataset("chat")))
+
+
+def test_every_remedy_of_a_conversation_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    places = record_places(monkeypatch)
+    for bad, _, tools, _ in CONVERSATIONS.values():
+        refused_conversation(tmp_path, bad, tools)
+    module = "data/readers/conversations.py"
+    assert [str(one) for one in remedies_in_source() if one.module == module and not one.is_at(places)] == []

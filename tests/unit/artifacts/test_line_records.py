@@ -67,7 +67,12 @@ def test_search_goes_back_until_enough_is_found(tmp_path: Path, monkeypatch: pyt
     assert numbers(read_last_records(path, Row, 10_000, within_bytes=2**20)) == list(range(1000))
 
 
-def test_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+def test_folder_in_place_of_a_file_is_named_until_it_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.mkdir()
     for read in (read_first_records, read_last_records):
         with pytest.raises(UserError, match=r"cannot be read: Is a directory"):
-            read(tmp_path, Row, 1)
+            read(path, Row, 1)
+    path.rmdir()
+    path.touch()
+    assert read_first_records(path, Row, 1) == read_last_records(path, Row, 1) == []

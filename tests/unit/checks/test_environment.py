@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -474,8 +475,22 @@ def test_lock_of_a_running_build_is_kept(tmp_path: Path):
     assert remove_stale_builds(tmp_path) == ["cpu_adam"] and not lock.parent.exists()
 
 
-def test_ops_folder_that_others_may_write_to_is_refused(tmp_path: Path):
+@pytest.mark.parametrize("remedy", ["remove it", "set storage.scratch"])
+def test_ops_folder_that_others_may_write_to_is_refused_until_it_is_removed(remedy: str, tmp_path: Path):
     use_ops_folder(str(tmp_path))
     ops_folder(str(tmp_path)).chmod(0o777)
-    with pytest.raises(UserError, match="only this user may write"):
+    with pytest.raises(UserError, match="only this user may write") as refused:
         use_ops_folder(str(tmp_path))
+    assert remedy in refused.value.hint
+    if remedy == "remove it":
+        shutil.rmtree(ops_folder(str(tmp_path)))
+    use_ops_folder(str(tmp_path / "own" if "scratch" in remedy else tmp_path))
+
+
+def test_scratch_folder_that_cannot_be_made_is_refused_until_another_is_set(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UserError, match=r"cannot be created: .*\s+remedy: set storage.scratch to a folder that you may"
+    ):
+        use_ops_folder(str(tmp_path / "file/scratch"))
+    use_ops_folder(str(tmp_path / "scratch"))

@@ -598,7 +598,7 @@ def test_folder_inside_of_a_bind_is_made_in_the_container(tmp_path: Path):
     assert command[start + 3 : command.index("--", start)] == [str(tmp_path / "weights"), "/local/me/longhaul"]
 
 
-def test_folders_that_pyxis_mounts_are_created_before_the_first_job(tmp_path: Path):
+def test_folders_that_pyxis_mounts_are_created_before_the_first_job_or_others_are_named(tmp_path: Path):
     config = {"storage.weights": str(tmp_path / "a/weights"), "storage.data": str(tmp_path / "a/data")}
     write_launch_files(plan_of(tmp_path, config, {"software": {"kind": "container", "path": "/a.sif"}}), tmp_path)
     assert not (tmp_path / "a").exists(), "Apptainer's start script makes them on the nodes"
@@ -609,6 +609,9 @@ def test_folders_that_pyxis_mounts_are_created_before_the_first_job(tmp_path: Pa
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match=r"storage: .*weights cannot be created: Not a directory"):
         write_launch_files(plan, tmp_path)
+    own = {key: folder.replace("/a/", "/own/") for key, folder in config.items()}
+    write_launch_files(plan_of(tmp_path, own, {"software": PYXIS}), tmp_path)
+    assert (tmp_path / "own/weights").is_dir()
 
 
 def enter_srun_container(run: Path, *command: str, **environment: str) -> str:

@@ -56,6 +56,8 @@ def test_released_nodes_leave_the_quarantine(tmp_path: Path, monkeypatch: pytest
     refused = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n9"])
     assert isinstance(refused.exception, UserError) and QUARANTINE.read_text() == before
     assert refused.exception.message == "n9: not in results/quarantine.json, which lists n1, n2, n3"
+    assert refused.exception.hint == "name a node of the list: longhaul nodes"
+    assert all(node in CliRunner().invoke(app, ["nodes"]).output for node in ("n1", "n2", "n3"))
     released = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n3"])
     assert released.output == "removed from results/quarantine.json, so that later jobs may use them: n1, n3\n"
     assert read_quarantine(QUARANTINE).node_names == ("n2",)
@@ -77,6 +79,11 @@ def test_verb_prints_the_nodes_of_the_working_folder(tmp_path: Path, monkeypatch
     assert shown.output.index("n2") < shown.output.index("n1")
 
 
-def test_folder_without_results_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="holds no results of nodes"):
+def test_folder_without_results_is_named_until_a_check_has_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(UserError, match=r"holds no results of nodes\s+remedy: call it in the working folder of a run"):
         print_nodes(tmp_path)
+    job = RunPaths("a", tmp_path / RESULTS).job(JobId("environment"))
+    job.path.mkdir(parents=True)
+    append_node_results(job, [new_node_result("n1", "hardware", None, "")])
+    print_nodes(tmp_path)
+    assert "n1" in capsys.readouterr().out

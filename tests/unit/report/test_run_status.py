@@ -57,9 +57,24 @@ def test_stage_with_more_steps_than_its_config_has_no_time_left(tmp_path: Path):
     assert run.status().training_left_s == (0.0, 0.0)
 
 
-def test_run_without_a_plan_is_refused_with_a_remedy(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"holds no plan.json"):
+def test_run_without_a_plan_is_refused_until_one_is_named_that_has_started(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"holds no plan.json.*\s+remedy: start it with .*, or name another run's folder"
+    ):
         read_status(RunPaths("none", tmp_path))
+    assert read_status(RunFolder(tmp_path).paths)  # Snakemake writes plan.json before the first job
+
+
+def test_plan_of_another_release_is_refused_until_the_run_writes_it_again(tmp_path: Path) -> None:
+    paths = RunFolder(tmp_path).paths
+    written = paths.plan.read_text()
+    paths.plan.write_text("{}")
+    with pytest.raises(
+        UserError, match=r"remedy: another release .*, or run the same command again, which writes the file"
+    ):
+        read_status(paths)
+    paths.plan.write_text(written)
+    assert read_status(paths)
 
 
 def test_progress_of_a_running_stage(tmp_path: Path) -> None:

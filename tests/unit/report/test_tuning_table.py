@@ -69,8 +69,10 @@ def test_without_the_memory_of_a_gpu_nothing_is_said_to_fit(tmp_path: Path, caps
     assert "does not state node.gpu_memory_gib" in capsys.readouterr().out
 
 
-def test_a_hub_model_must_be_fetched_first(tmp_path: Path):
+def test_a_hub_model_must_be_fetched_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     made = plan(tmp_path, 80, micro_batch_size=2, activation_checkpointing="none")
     unknown = replace(made, stages=(replace(made.stages[0], sizes=None),))
-    with pytest.raises(UserError, match="the size of its model is not known yet"):
+    with pytest.raises(UserError, match=r"the size of its model is not known yet\s+remedy: run `longhaul fetch` first"):
         print_tuning_tables(unknown)
+    print_tuning_tables(made)
+    assert "micro" in capsys.readouterr().out

@@ -33,7 +33,7 @@ def test_rank_is_read_from_srun_then_torchrun(environ: dict[str, str], expected:
 
 
 @pytest.mark.parametrize(("world_size", "nodes"), [(8, 2), (4, 1), (16, 2)])
-def test_another_size_than_planned_is_refused(world_size: int, nodes: int):
+def test_another_size_than_planned_is_refused_until_it_is_that(world_size: int, nodes: int):
     with pytest.raises(UserError, match=f"4 ranks on 2 nodes; the plan says {world_size} ranks on {nodes} nodes"):
         require_planned_size(Rank(0, 4, 0, 2, "n1"), world_size, nodes)
     require_planned_size(Rank(0, world_size, 0, nodes, "n1"), world_size, nodes)

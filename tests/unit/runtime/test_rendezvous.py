@@ -89,6 +89,32 @@ def test_missing_rank_0_is_reported_with_its_address():
     assert float(output.split()[-1]) < 30
 
 
+def test_interface_that_does_not_exist_is_reported_until_another_is_set():
+    """Of the nodes' interfaces, this machine has lo alone for certain."""
+    (output,) = start([0], 1, GLOO_SOCKET_IFNAME="none0")
+    assert "rank 0 cannot open gloo connections" in output
+    assert (
+        "remedy: set interconnect.socket_interface in the site file" in output
+        and "(GLOO_SOCKET_IFNAME is none0)" in output
+    )
+    (output,) = start([0], 1, GLOO_SOCKET_IFNAME="lo")  # as the launch script sets it
+    assert output.startswith("sum 1")
+
+
+def test_port_in_use_is_reported_until_it_is_free(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        with pytest.raises(
+            UserError, match=r"cannot serve the rendezvous .*\s+remedy: .* MASTER_PORT free; start through"
+        ):
+            rendezvous.meet(Rank(0, 1, 0, 1, "n1"), 2.0)
+    monkeypatch.setenv("MASTER_PORT", free_port())
+    assert rendezvous.meet(Rank(0, 1, 0, 1, "n1"), 2.0)
+
+
 def test_name_of_rank_0_without_an_address_is_reported_at_once(monkeypatch: pytest.MonkeyPatch):
     """torch would ask for it until the rendezvous times out, and then name a firewall."""
     monkeypatch.setattr(rendezvous, "_NAME_SERVICE_S", 0.0)

@@ -58,13 +58,15 @@ def test_verb_does_not_promise_to_submit_what_slurm_may_accept_later(tmp_path: P
     assert {answer.remedy for answer in found} == {"Slurm may accept it later; the same command asks again"}
 
 
-def test_a_machine_of_no_cluster_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_machine_of_no_cluster_is_named_once_until_a_login_node_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     said = (
         "sbatch: error: fetch_config: DNS SRV lookup failed\nsbatch: fatal: Could not establish a configuration source"
     )
     monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", f"#!/bin/sh\necho '{said}' >&2; exit 1\n"))
     with pytest.raises(UserError, match=r"finds no cluster from this machine.*\s+remedy: call this on a login node"):
         check_run(plan_of(tmp_path, None, {"partitions": SITE["partitions"]}))
+    fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log"))
+    assert all(answer.is_accepted for answer in check_run(plan_of(tmp_path)))
 
 
 def test_the_request_of_a_planned_server_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -108,12 +110,14 @@ def test_every_shipped_site_has_an_example_plan(name: str, engine: str, tmp_path
     assert all(stage.stage.gpus_per_node in (2, plan.site.node.gpus) for stage in plan.stages)
 
 
-def test_site_without_slurm_is_refused(tmp_path: Path):
+def test_site_without_slurm_is_refused_until_one_with_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     plan = plan_of(tmp_path, None, LOCAL)
     with pytest.raises(UserError, match="scheduler: local"):
         check_run(plan)
     with pytest.raises(UserError, match="scheduler: local"):
         check_site(plan.site)
+    monkeypatch.setenv("PATH", fake_program(tmp_path, "sbatch", SBATCH.format(log=tmp_path / "log")))
+    assert check_run(plan_of(tmp_path)) and check_site(plan_of(tmp_path).site)
 
 
 def test_verb_takes_a_config_or_a_site_file(

@@ -558,21 +558,27 @@ def test_interfaces_of_fast_networks_are_found():
     assert fast_interfaces(["ibp129s0", "ibp65s0d1", "ib0", "ibs1.8001", "ibmveth"]) == ["ib0", "ibp129s0", "ibp65s0d1"]
 
 
-def test_cluster_without_partitions_and_silent_slurm_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(UserError, match="shows no partition"):
-        places([])
-    script = "#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n"
-    monkeypatch.setenv("PATH", fake_program(tmp_path, "scontrol", script))
-    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+def test_cluster_without_partitions_and_silent_slurm_are_refused_until_slurm_shows_some(slurm: Path):
+    fake_program(slurm, "scontrol", "#!/bin/sh\necho 'Unable to contact slurm controller' >&2; exit 1\n")
+    with pytest.raises(UserError, match=r"Slurm does not answer: Unable to contact.*\s+remedy: .* try again"):
         detect_site("centre")
+    fake_program(slurm, "scontrol", SCONTROL.format(folder=slurm))
+    (slurm / "partition").write_text(PARTITIONS.replace("State=UP", "State=DOWN"))
+    with pytest.raises(UserError, match=r"shows no partition.*\s+remedy: .* try again later"):
+        detect_site("centre")
+    (slurm / "partition").write_text(PARTITIONS)
+    assert "boost" in detect_site("centre")
 
 
 @pytest.mark.parametrize("file", ["my centre.yaml", ".yaml", "ümlaut.yaml"])
-def test_file_whose_name_is_no_name_of_a_site_is_refused(
+def test_file_whose_name_is_no_name_of_a_site_is_refused_until_another_is_named(
     slurm: Path, file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     message = refused_message(capsys, "site", "detect", "--out", str(tmp_path / file))
     assert f"site {Path(file).stem!r} is no name" in message and not (tmp_path / file).exists()
+    with pytest.raises(SystemExit) as ended:
+        main(["site", "detect", "--out", str(tmp_path / "my-centre.yaml")])
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize("name", ["123", "on", "null"])

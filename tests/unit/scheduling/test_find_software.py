@@ -62,10 +62,16 @@ def test_placeholders_of_every_shipped_site_are_refused(tmp_path: Path):
     assert placeholders >= 8
 
 
-def test_missing_path_is_refused_on_this_machine_and_is_a_warning_on_a_cluster(capsys: pytest.CaptureFixture[str]):
+def test_missing_path_is_refused_on_this_machine_until_it_is_right_and_is_a_warning_on_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     software = {"kind": "container", "path": "/images/none.sif"}
     with pytest.raises(UserError, match=r"/images/none\.sif does not exist"):
         require_software(site(software, **LOCAL))
+    image = tmp_path / "job.sif"
+    image.touch()
+    require_software(site({**software, "path": str(image)}, **LOCAL))
+    assert not capsys.readouterr().err
     require_software(site(software))
     assert "/images/none.sif does not exist on this machine" in capsys.readouterr().err
     (line,) = compare_software(site(software))

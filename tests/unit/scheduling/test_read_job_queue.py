@@ -190,7 +190,7 @@ def test_display_asks_again_about_a_job_that_was_submitted_during_the_question()
     assert calls == 2
 
 
-def test_silent_slurm_becomes_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_slurm_is_reported_until_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = RunPaths("r", tmp_path / "results")
     paths.folder.mkdir(parents=True)
 
@@ -198,5 +198,7 @@ def test_silent_slurm_becomes_a_user_error(tmp_path: Path, monkeypatch: pytest.M
         raise SlurmCommandError("squeue did not answer within 30 s")
 
     monkeypatch.setattr(slurm_client, "queue_of", fail)
-    with pytest.raises(UserError, match="squeue did not answer"):
+    with pytest.raises(UserError, match=r"squeue did not answer .*\s+remedy: ask again later"):
         queue_asker(paths)([])
+    monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [])
+    assert queue_asker(paths)([]) == Queue({})

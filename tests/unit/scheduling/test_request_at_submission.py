@@ -11,6 +11,7 @@ import pytest
 from longhaul.artifacts.job_state import PERMANENT, Failure, State, launch_key, utc_now
 from longhaul.artifacts.paths import QUARANTINE, JobFolder, JobId
 from longhaul.artifacts.quarantine import add_to_quarantine, read_quarantine
+from longhaul.cli import main
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_request
 from longhaul.jobs.job_spec import LaunchSpec
@@ -77,9 +78,13 @@ def test_broken_quarantine_excludes_nothing_but_refuses_a_new_run(tmp_path: Path
         require_enough_nodes(plan, tmp_path)
 
 
-def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("remedy", ["longhaul nodes --release NODE", "name a partition with spare nodes"])
+def test_quarantine_that_leaves_too_few_nodes_is_refused_until_there_are_enough(
+    remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     plan, _ = rendered_plan(tmp_path)
-    monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: ["n7"] if partition == "gpu" else [])
+    nodes = {"gpu": ["n7"], "more": ["n7", "n8"]}
+    monkeypatch.setattr(slurm_client, "partition_nodes", nodes.__getitem__)
     add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
@@ -87,6 +92,18 @@ def test_quarantine_that_leaves_too_few_nodes_is_refused(tmp_path: Path, monkeyp
         "stages.base: 1 node is needed; partition gpu has 1, of which 1 is quarantined: n7 (down; found by job 5)"
     )
     assert str(QUARANTINE) in refused.value.hint and "at most" not in refused.value.hint
+    assert remedy in refused.value.hint
+    if "--release" in remedy:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            main(["nodes", "--release", "n7"])
+        assert not ended.value.code and "removed from" in capsys.readouterr().out
+    else:
+        site = plan.site.model_copy(
+            update={"partitions": tuple(one.model_copy(update={"name": "more"}) for one in plan.site.partitions)}
+        )
+        plan = replace(plan, loaded=replace(plan.loaded, site=site))
+    require_enough_nodes(plan, tmp_path)
 
 
 def test_request_without_state_or_quarantine_is_that_of_the_plan(tmp_path: Path):

@@ -138,7 +138,7 @@ def test_job_folder_is_that_of_the_launch_script(spec: LaunchSpec):
     assert job_folder_of(snakemake_job(spec)) == Path(spec.folder) and job_folder_of(snakemake_job(None)) is None
 
 
-def test_refusal_has_cause_time_and_remedy(spec: LaunchSpec):
+def test_refusal_has_cause_and_time_until_the_failure_is_retried(spec: LaunchSpec):
     write_failure(spec, PERMANENT, EARLIER_MAIN)
     failure = read_failure(Path(spec.folder))
     assert failure and final_failure(Path(spec.folder)) == failure
@@ -146,6 +146,10 @@ def test_refusal_has_cause_time_and_remedy(spec: LaunchSpec):
         refuse_known_failures([snakemake_job(spec)])
     assert refused.value.message == f"train-base failed at {failure.time} and would only fail again: why it failed"
     assert refused.value.hint == f"what to do; to retry it without a change: longhaul retry {spec.folder}"
+    with pytest.raises(SystemExit) as ended:
+        main(["retry", spec.folder])
+    assert not ended.value.code
+    refuse_known_failures([snakemake_job(spec)])
 
 
 def test_failure_of_a_job_without_a_readable_spec_is_not_final(spec: LaunchSpec):

@@ -104,6 +104,14 @@ def test_run_after_a_killed_one_takes_its_lease(config: Path, monkeypatch: pytes
     assert Lease(LEASE).current_owner() == LeaseOwner.this_process()
 
 
+def test_second_config_is_refused_until_it_is_dropped(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused_message(capsys, "run", str(config), "--configfile", "other.yaml")
+    assert f"drop it: {config} is the run's only config file" in message
+    assert "other.yaml" not in started(monkeypatch, str(config))
+
+
 @pytest.mark.parametrize("options", [["-n"], ["-np"], ["-nj4"], ["--dry-run"], ["--summary"], ["--report=page.html"]])
 def test_call_that_starts_no_job_needs_no_lease(
     config: Path, options: list[str], monkeypatch: pytest.MonkeyPatch

@@ -34,9 +34,23 @@ def test_report_of_a_config_is_that_of_its_run(
 
 
 @pytest.mark.parametrize("verb", ["status", "doctor", "report"])
-def test_run_that_does_not_exist_is_refused(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_that_does_not_exist_is_refused_until_one_is_named(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     message = refused_message(capsys, verb, str(tmp_path / "typo"))
     assert f"{tmp_path}/typo does not exist" in message and "YAML file, or its folder results/<run>" in message
+    monkeypatch.chdir(tmp_path)
+    Path("elsewhere").mkdir()
+    config = write_config(tmp_path, None, LOCAL)
+    write_finished_run(tmp_path / "results")
+    monkeypatch.chdir("elsewhere")
+    message = refused_message(capsys, verb)
+    assert "name the run's config or folder, or work in the folder that holds results/" in message
+    for named in (["../results/small"], [str(config)], []):
+        monkeypatch.chdir(tmp_path / ("elsewhere" if named == ["../results/small"] else ""))
+        with pytest.raises(SystemExit) as ended:
+            main([verb, *named])
+        assert not ended.value.code, capsys.readouterr().err
 
 
 def test_report_of_a_run_that_has_not_started_writes_nothing(
@@ -48,12 +62,16 @@ def test_report_of_a_run_that_has_not_started_writes_nothing(
     assert not Path("results").exists()
 
 
-def test_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_that_cannot_be_read_is_named_until_it_can(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunFolder(tmp_path)
     metrics = run.train(5).metrics
     metrics.unlink()
     metrics.mkdir()
     assert f"{metrics} cannot be read: Is a directory" in refused_message(capsys, "status", str(run.paths.folder))
+    metrics.rmdir()
+    with pytest.raises(SystemExit) as ended:
+        main(["status", str(run.paths.folder)])
+    assert not ended.value.code
 
 
 def test_file_system_that_does_not_answer_is_named(
@@ -126,9 +144,16 @@ def test_json_has_the_same_keys_from_the_start_to_the_end(tmp_path: Path, capsys
     assert states["starting"] == states["running"] == states["done"]
 
 
-def test_watch_of_json_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_watch_of_json_is_refused_until_one_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunFolder(tmp_path, scheduler="local")
     assert "use one of them" in refused_message(capsys, "status", str(run.paths.folder), "--watch", "--json")
+    for one in ("--watch", "--json"):
+        monkeypatch.setattr(show_status, "_repeat", lambda *_: None)  # --watch has no end
+        with pytest.raises(SystemExit) as ended:
+            main(["status", str(run.paths.folder), one])
+        assert not ended.value.code
 
 
 def test_json_of_a_diverged_training_is_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

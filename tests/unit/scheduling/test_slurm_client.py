@@ -61,10 +61,13 @@ def test_unknown_job_differs_from_an_error_of_slurm(tmp_path: Path, monkeypatch:
     assert not slurm_client.job_has_ended("7")
 
 
-def test_missing_slurm_command_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_missing_slurm_command_is_named_until_it_is_on_the_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="scontrol is not on the PATH of this node"):
         slurm_client.job_info("7")
+    fake_program(tmp_path, "scontrol", "#!/bin/sh\necho JobId=7 JobState=RUNNING NumNodes=1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin")  # as `module load` sets it
+    assert slurm_client.job_info("7")
 
 
 def test_requeue_excludes_nodes_after_the_job_is_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

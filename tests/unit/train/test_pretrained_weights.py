@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from longhaul.config.stage_config import Parallel
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.report.plan_json import plan_json
+from longhaul.train.checkpoint.weights_folder import _keep_generation_config
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.slice_model import buffer_slices, parameter_slices, slice_model
 from longhaul.train.pretrained_weights import pretrained_values
@@ -204,6 +207,18 @@ def test_a_folder_that_does_not_fit_the_model_is_refused(folder, tmp_path: Path,
     write_shards(path, change(stored))
     with pytest.raises(UserError, match=re.escape(message)):
         initial_values(path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_damaged_file_of_the_folder_is_refused_until_it_is_restored(folder, tmp_path: Path, name: str) -> None:
+    copied = shutil.copytree(folder[0], tmp_path / "model")
+    (tmp_path / "weights").mkdir()
+    job: Any = SimpleNamespace(pretrained=str(copied))
+    for text in ("{", (folder[0] / "config.json").read_text()):
+        (copied / name).write_text(text)
+        refused = pytest.raises(UserError, match="remedy: restore the file, or download the pretrained model again")
+        with refused if text == "{" else nullcontext():
+            _ = initial_values(copied) if name == "config.json" else _keep_generation_config(job, tmp_path / "weights")
 
 
 def test_rotary_frequencies_of_older_releases_are_not_read(folder, tmp_path: Path) -> None:

@@ -348,7 +348,8 @@ class CheckReport(Artifact):
         failed = failed_path(out)
         if self.problems:
             self.write(failed)
-            message, remedy = f"{summary}:\n  - " + "\n  - ".join(self.problems), f"{hint}; the full report is {failed}"
+            message = f"{summary}:\n  - " + "\n  - ".join(self.problems)
+            remedy = f"{hint}; the full report is {failed}"
             raise BadNodesError(message, remedy, bad_nodes) if bad_nodes else UserError(message, remedy)
         self.write(out)
         failed.unlink(missing_ok=True)

@@ -62,12 +62,17 @@ def test_a_missing_split_or_document_is_reported_until_another_is_chosen(
 
 
 @pytest.mark.parametrize("text", ["run: mine\n", "{}", '{"artifact": "Lock", "schema_version": 1}'])
-def test_a_file_of_the_users_is_not_to_be_deleted(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str):
+def test_a_file_that_is_no_manifest_is_refused_until_the_manifest_is_named(
+    chat_shards: DataManifest, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+):
     (tmp_path / "mine.yaml").write_text(text)
     with pytest.raises(SystemExit):
         main(["data", "inspect", str(tmp_path / "mine.yaml")])
     shown = capsys.readouterr().err
-    assert "remedy: give the path of results/<run>/data/<dataset>.json" in shown and "delete" not in shown
+    assert "remedy: give the path of results/<run>/data/<dataset>.json" in shown and "delete" not in shown, (
+        "it is the user's"
+    )
+    assert inspect(chat_shards, tmp_path, tokenizer_folder) == 0
 
 
 def test_text_is_shown_as_escapes_where_the_locale_is_ascii(tokenizer_folder: Path, tmp_path: Path):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, without_reasoning
+from longhaul.data.tokenizers.control_tokens import ControlTokens
 from longhaul.errors import UserError
 from tests.support.corpora import conversation, dataset, make_shards, write_jsonl
 from tests.support.pipeline_run import REPOSITORY
+from tests.support.remedies_in_source import record_places, remedies_in_source
 
 REASONING = "<think>First 40, then 2.</think>It is 42."
 
 
 TOOLS = [{"type": "function", "function": {"name": "weather"}}]
+EOS = {"eos_token": "<e>"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 
 
@@ -163,6 +167,86 @@ def test_an_address_in_memory_is_refused_unless_the_conversation_has_it():
         template.render([{"role": "user", "content": "Q"}], "here")
     text = "<object at 0x7f00>"
     assert template.render([{"role": "user", "content": text}], "here").text == text
+
+
+_TURNS = [{"role": role, "content": text} for role, text in (("user", "Q"), ("assistant", "A"))]
+_PLAIN = "{% for m in messages %}{{ m.content }}<e>{% endfor %}"
+_REFUSES_A = "{% if messages[0].content == 'A' %}{{ raise_exception('begin with Q') }}{% endif %}"
+_WITHOUT_END = _PLAIN.replace("<e>", "|")
+_AS_OBJECT = (
+    "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{{ c.function.arguments.city[0] }}"
+)
+_AS_OBJECT += "{% endfor %}{{ m.content }}<e>{% endfor %}"
+_MARKS_LAST = "{% for m in messages %}{% if m.role == 'assistant' or loop.last %}{% generation %}{{ m.content }}<e>"
+_MARKS_LAST += "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+_CONTROL = ControlTokens(["<c>"])
+_WEIGHTED = [*_TURNS[:1], {**_TURNS[1], "weight": 0}, *_TURNS, *_TURNS[:1]]
+_PRIVATE = [{"role": "user", "content": "<c>\U00100000"}, _TURNS[1]]
+_SHIPPED = (REPOSITORY / "templates/chat/chatml.jinja").read_text()
+REMEDIES: dict[str, tuple[ChatTemplate, list[Any], ChatTemplate, list[Any]]] = {
+    "remove the private characters": (
+        *(ChatTemplate(_PLAIN, EOS, _CONTROL), _PRIVATE),
+        *(ChatTemplate(_SHIPPED, EOS, _CONTROL), [{"role": "user", "content": "<c>"}, _TURNS[1]]),
+    ),
+    "give a template with {% generation %} markers": (
+        *(ChatTemplate(_AS_OBJECT, EOS), [_TURNS[0], {**_TURNS[1], "tool_calls": [CALL]}]),
+        *(ChatTemplate(_SHIPPED, EOS), [_TURNS[0], {**_TURNS[1], "tool_calls": [CALL]}]),
+    ),
+    "fix the conversation": (
+        *(ChatTemplate(_REFUSES_A + _PLAIN, EOS), [_TURNS[1], *_TURNS]),
+        *(ChatTemplate(_REFUSES_A + _PLAIN, EOS), _TURNS),
+    ),
+    "or give a template with {% generation %} markers": (
+        *(ChatTemplate(_REFUSES_A + _PLAIN, EOS), [_TURNS[1], *_TURNS]),
+        *(ChatTemplate(_SHIPPED, EOS), [_TURNS[1], *_TURNS]),
+    ),
+    "set no message's weight to 0": (
+        *(ChatTemplate(_MARKS_LAST, EOS), _WEIGHTED),
+        *(ChatTemplate(_MARKS_LAST, EOS), [*_TURNS, *_TURNS, _TURNS[0]]),
+    ),
+    "or use another chat template": (
+        *(ChatTemplate(_MARKS_LAST, EOS), _WEIGHTED),
+        *(ChatTemplate(_SHIPPED, EOS), _WEIGHTED),
+    ),
+    "give a template with {% generation %} markers as tokenizer.chat_template": (
+        *(ChatTemplate("{{ messages | length }}" + _PLAIN, EOS), _TURNS),
+        *(ChatTemplate(_SHIPPED, EOS), _TURNS),
+    ),
+    f"({REPOSITORY}/templates/chat has some)": (
+        *(ChatTemplate(_PLAIN.replace("m.content", "m.content[1:]"), EOS), _TURNS),
+        *(ChatTemplate(_SHIPPED, EOS), _TURNS),
+    ),
+    f"({REPOSITORY}/templates/chat has some), or": (
+        *(ChatTemplate(_WITHOUT_END, EOS), _TURNS),
+        *(ChatTemplate(_SHIPPED, EOS), _TURNS),
+    ),
+    "or set the template's end-of-turn token as eos_token": (
+        *(ChatTemplate(_WITHOUT_END, EOS), _TURNS),
+        *(ChatTemplate(_WITHOUT_END, {"eos_token": "|"}), _TURNS),
+    ),
+}
+"""Part of the remedy -> a template and a conversation that it refuses, a template and a conversation after the remedy."""
+
+
+@pytest.mark.parametrize(("says", "case"), REMEDIES.items(), ids=REMEDIES)
+def test_after_the_remedy_the_conversation_is_rendered(
+    says: str, case: tuple[ChatTemplate, list[Any], ChatTemplate, list[Any]]
+):
+    template, turns, better, better_turns = case
+    with pytest.raises(UserError) as refused:
+        template.render(turns, "here")
+    assert says in refused.value.hint
+    assert better.render(better_turns, "here").turns
+
+
+def test_every_remedy_of_a_chat_template_is_followed(monkeypatch: pytest.MonkeyPatch):
+    places = record_places(monkeypatch)
+    for template, turns, *_ in REMEDIES.values():
+        with pytest.raises(UserError):
+            template.render(turns, "here")
+    found = [one for one in remedies_in_source() if one.module == "data/tokenizers/chat_template.py"]
+    (unmet,) = [one.text for one in found if not one.is_at(places)]
+    assert unmet == "remove that text, or set allow_control_tokens: true"
 
 
 def test_texts_are_padded_and_formatted():

@@ -136,6 +136,15 @@ def test_the_remedy_of_damaged_skipped_batches_is_to_write_them_again(run: RunPa
     assert read_skipped(run, path) == [12, 40]
 
 
+def test_damaged_ids_of_tracker_runs_are_refused_until_they_are_deleted(run: RunPaths):
+    path = weights_of(run).tracker_runs
+    path.write_text("{")
+    with pytest.raises(UserError, match="remedy: delete it: the trackers begin new runs"):
+        _run_ids(path.parent)
+    path.unlink()
+    assert _run_ids(path.parent) == {}
+
+
 def test_a_resume_drops_bad_lines_of_the_metrics_and_events(run: RunPaths, capfd: pytest.CaptureFixture[str]):
     weights = weights_of(run)
     good = weights.metrics.read_bytes()
