@@ -11,7 +11,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,8 @@ _RESULT_KEY = "longhaul/rendezvous"
 _POLL_INTERVAL_S = 0.05
 _NAME_ANSWER_S = 30.0
 """A resolver asks its servers for up to so long. A daemon of the node between them may never answer."""
+_LOOKUP_S = 5.0
+"""The resolver waits as long for a name server before it asks again."""
 _NAME_SERVICE_S, _NAME_RETRY_INTERVAL_S = 5.0, 1.0
 """A busy name service may miss a question. So many seconds without an answer are a wrong name."""
 
@@ -130,11 +132,10 @@ def meet(rank: Rank, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> TCPStore:
         if missing:  # the store ends with rank 0, so rank 0 waits until the others have read which ranks are missing
             wait_for_keys(store, _received_key, set(range(rank.world_size)) - set(missing), _grace_s(timeout_s))
     except (DistError, OSError) as error:
-        raise _unreachable(rank, timeout_s, error) from None
+        raise _with_slow_lookups(_unreachable(rank, timeout_s, error), rank, timeout_s) from None
     if result != _COMPLETE:
-        raise RendezvousError(
-            result, "read in the job's log why they did not start: a drained node, a failed module or mount"
-        )
+        hint = "read in the job's log why they did not start: a drained node, a failed module or mount"
+        raise _with_slow_lookups(RendezvousError(result, hint), rank, timeout_s)
     return store
 
 
@@ -236,6 +237,38 @@ def _unreachable(rank: Rank, timeout_s: float, error: Exception) -> RendezvousEr
         f"{rank.host}: rank {rank.rank} did not reach rank 0 at {address} within {timeout_s:g} s: {first_line(error)}",
         "check that rank 0's node is up, and that no firewall blocks ports between compute nodes",
     )
+
+
+def _with_slow_lookups(error: RendezvousError, rank: Rank, timeout_s: float) -> RendezvousError:
+    """Return the error, or one that names the name service where it takes too long for so many ranks.
+
+    Before torch's store reads from a connection, it asks for the name of the connection's address, one after the other
+    (formatSockAddr in torch/csrc/distributed/c10d/socket.cpp).
+    """
+    lookup_s = _lookup_s(os.environ["MASTER_ADDR"])
+    if lookup_s * rank.world_size < timeout_s:
+        return error
+    return RendezvousError(
+        f"{error.message}; the name service took {lookup_s:.2g} s for the name of one address, and torch's store asks it for "
+        f"that of each of the {rank.world_size} ranks",
+        "let the admins enter the nodes' addresses in the reverse zone of the name service, or run a cache such as nscd on the "
+        "nodes",
+    )
+
+
+def _lookup_s(name: str) -> float:
+    """Return the seconds that the lookup of the name of rank 0's address takes, _LOOKUP_S at most."""
+    began_s = time.monotonic()
+    with suppress(OSError, UnicodeError):  # an address without a name is an answer
+        call_within(_LOOKUP_S, lambda: socket.getnameinfo(_ipv6_address(name), 0))
+    return time.monotonic() - began_s
+
+
+def _ipv6_address(name: str) -> tuple[str, int, int, int]:
+    """Return rank 0's address as torch's store sees those of its peers: it listens on IPv6, to which Linux maps IPv4."""
+    found = socket.getaddrinfo(name, 0, socket.AF_INET6, socket.SOCK_STREAM, flags=socket.AI_V4MAPPED)
+    address: tuple[str, int, int, int] = found[0][4]  # pyright: ignore[reportAssignmentType]
+    return address
 
 
 def _interface_hint(backend: str, environ: Mapping[str, str] = os.environ) -> str:
