@@ -417,6 +417,9 @@ FOLLOWED_ELSEWHERE = {
     "MASTER_ADDR must be this node and MASTER_PORT free": (
         "unit/runtime/test_rendezvous.py::test_port_in_use_is_reported_until_it_is_free"
     ),
+    "let the admins enter the nodes' addresses in the reverse zone": (
+        "unit/runtime/test_rendezvous.py::test_a_slow_name_service_is_named_until_it_is_quick"
+    ),
     "another release of longhaul wrote it, or its writer was stopped": (
         "unit/report/test_run_status.py::test_plan_of_another_release_is_refused_until_the_run_writes_it_again"
     ),

@@ -39,12 +39,12 @@ def test_every_file_can_be_imported(name: str):
 
 def test_every_file_with_stages_is_planned_here():
     using = {name for name in FILES if "run_variants(" in (REPOSITORY / f"tests/gpu/{name}.py").read_text()}
-    assert using - {"gpus"} == set(STAGES)
+    assert using - {"runs_on_gpus"} == set(STAGES)
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_the_plan_accepts_the_stages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    gpus, module = load("gpus"), load(name)
+    gpus, module = load("runs_on_gpus"), load(name)
     monkeypatch.setattr(gpus, "GPUS", 2)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: SimpleNamespace(total_memory=80 * 2**30))
