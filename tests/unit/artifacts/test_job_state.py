@@ -99,3 +99,14 @@ def test_incomplete_line_of_an_event_log_is_skipped(tmp_path: Path):
     assert read_events(log) == []
     log.write_text('{"event": "running", "time_s": 1.5}\n{"event": "do')
     assert read_events(log) == [{"event": "running", "time_s": 1.5}]
+
+
+def test_reports_of_all_ranks_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A listing for each report would take the time of ranks x ranks."""
+    JobFolder(tmp_path).rank_failures.mkdir(parents=True)
+    for rank in range(8):
+        Failure(TRANSIENT, "connection closed", "", [], "n1", rank).write(JobFolder(tmp_path).rank_failure(rank))
+    listed: list[Path] = []
+    monkeypatch.setattr(Path, "iterdir", lambda folder: listed.append(folder) or iter(map(Path, os.listdir(folder))))
+    assert [failure.rank for failure in rank_failures(tmp_path)] == list(range(8))
+    assert listed == [JobFolder(tmp_path).rank_failures]

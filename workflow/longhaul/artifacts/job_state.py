@@ -248,7 +248,7 @@ def rank_failures(folder: Path) -> list[Failure]:
     """Return the failures that processes of the last attempt reported: final ones first, then node, then by rank."""
     reports = JobFolder(folder).rank_failures
     names = [name for name in sorted(list_names(reports)) if name.endswith(".json")]
-    found = [_read_from_server(Failure, reports / name) for name in names]
+    found = [_read_valid(Failure, reports / name) for name in names]  # listed above: one listing for each would be slow
     return sorted((f for f in found if f), key=lambda f: (f.failure_class not in FINAL, f.failure_class != NODE))
 
 
