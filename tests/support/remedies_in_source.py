@@ -28,6 +28,8 @@ _PLACE_OF_REMEDY = {
     "DiskFull": 4,
 }
 """Class or constructor of an error for users -> the place of the remedy in its arguments."""
+_MOST_CALLERS = 4
+"""How often an argument is followed from a function to its callers."""
 Place = tuple[str, int]
 """Module below the package, and a line of it."""
 Texts = dict[str, tuple[str, ...]]
@@ -89,7 +91,9 @@ def remedies_in_source() -> tuple[RemedyInSource, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _remedies(node: ast.expr, function: _Function, call: ast.Call, depth: int = 4) -> Iterator[RemedyInSource]:
+def _remedies(
+    node: ast.expr, function: _Function, call: ast.Call, depth: int = _MOST_CALLERS
+) -> Iterator[RemedyInSource]:
     """Return the remedies that an expression in a call may be: of a parameter, what the callers of its function pass."""
     if isinstance(node, ast.IfExp | ast.BoolOp):
         for branch in node.values if isinstance(node, ast.BoolOp) else (node.body, node.orelse):
@@ -103,7 +107,9 @@ def _remedies(node: ast.expr, function: _Function, call: ast.Call, depth: int = 
                 yield from _remedies(default, function, call, depth)
     else:
         lines = range(call.lineno, (call.end_lineno or call.lineno) + 1)
-        yield from (RemedyInSource(function.module, lines, text) for text in texts_of(node, function.named) if text)
+        # What a caller passes may be for another function of the same name, as pyarrow's read_json.
+        texts = texts_of(node, function.named) or ("{}",) * (depth == _MOST_CALLERS)
+        yield from (RemedyInSource(function.module, lines, text) for text in texts if text)
 
 
 def _argument(call: ast.Call, place: int, names: tuple[str, ...]) -> list[ast.expr]:
@@ -178,6 +184,8 @@ def texts_of(node: ast.AST, named: Texts) -> tuple[str, ...]:
             found = named.get(name, ("{}",))
         case ast.Call(func=ast.Name(id=name)):
             found = named.get(f"{name}()", ())
+        case ast.Call(func=ast.Attribute(value=replaced, attr="replace")):
+            found = texts_of(replaced, named)
         case ast.FormattedValue(value=value):
             found = texts_of(value, named) or ("{}",)
         case ast.JoinedStr(values=[*parts]):

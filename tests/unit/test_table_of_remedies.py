@@ -1,4 +1,4 @@
-"""Every remedy of the packages in COMPLETE is followed by a test; of others, those that tell to delete, move or restore a file.
+"""Every remedy is followed by a test, or has a reason why no test can.
 
 Those about tokens, shards and job files are in test_remedies.py. The others need more than small files: FOLLOWED_ELSEWHERE names
 the test that follows them.
@@ -7,7 +7,6 @@ the test that follows them.
 from __future__ import annotations
 
 import ast
-import re
 from pathlib import Path
 
 from longhaul.config.shipped_files import PACKAGE
@@ -438,6 +437,67 @@ FOLLOWED_ELSEWHERE = {
     "name a file, or a folder of files": (
         "unit/planning/test_find_data_files.py::test_a_pipe_that_is_named_itself_is_refused"
     ),
+    # train, checkpoints, checks
+    "give the stage more minutes, or lower recovery.stop_margin_s": (
+        "recovery/test_graceful_stop.py::test_with_enough_time_the_stage_continues"
+    ),
+    "train/build_model.py: set vocab_size to at least {}": (
+        "unit/train/test_build_model.py::test_vocabulary_smaller_than_the_tokenizer_is_refused_until_it_is_larger"
+    ),
+    "correct the keys rope_scaling and rope_theta of the model": (
+        "unit/train/test_build_model.py::test_network_without_the_asked_scaling_is_refused_until_the_keys_are_those_of_the_network"
+    ),
+    "set stages.{}.from.checkpoint to last": (
+        "unit/report/test_planned_changes.py::test_start_from_a_missing_best_checkpoint_is_refused_until_it_is_the_last_one"
+    ),
+    "set the length back to {} steps, or set restart: true": (
+        "unit/report/test_planned_changes.py::test_more_steps_under_a_decaying_schedule_are_refused_until_the_remedy_is_followed"
+    ),
+    "add documents, or reduce validation_fraction": (
+        "unit/train/test_count_steps.py::test_epochs_of_an_empty_split_are_refused_until_it_has_documents"
+    ),
+    "add {} to the stage's skip_batches": (
+        "unit/train/test_loss_tokens.py::test_a_batch_without_loss_tokens_is_refused_until_it_is_skipped"
+    ),
+    "remove it from skip_batches, or set restart: true": (
+        "unit/train/test_loss_tokens.py::test_a_batch_that_was_trained_on_is_not_skipped_until_the_stage_restarts"
+    ),
+    "or choose another bad_steps.policy or limit": (
+        "recovery/test_bad_steps.py::test_the_weights_are_those_of_a_run_with_these_skip_batches"
+    ),
+    "use another checkpoint": (
+        "recovery/test_unpickling_payloads.py::test_after_the_remedy_the_checkpoint_before_is_used"
+    ),
+    "write the skipped batches again, such as": (
+        "unit/train/checkpoint/test_tampered_files.py::test_the_remedy_of_damaged_skipped_batches_is_to_write_them_again"
+    ),
+    "lower node.memory_mb in the site file to the memory that jobs get": (
+        "unit/planning/test_save_mode.py::test_a_save_is_synchronous_where_its_copy_does_not_fit"
+    ),
+    "repair what it names, for example a missing C compiler": (
+        "unit/train/test_compile_layers.py::test_a_compiler_that_fails_ends_the_training_until_it_is_repaired_or_off"
+    ),
+    "pip install {}, or set trackers.{}: false": (
+        "unit/train/monitoring/test_trackers.py::test_a_missing_package_is_reported_by_its_name_until_the_tracker_is_off"
+    ),
+    "`wandb login` on this site; or unset WANDB_MODE": (
+        "unit/train/monitoring/test_trackers.py::test_wandb_without_a_valid_key_is_refused_until_it_is_offline"
+    ),
+    "set MLFLOW_TRACKING_URI to where it was begun, or remove {}": (
+        "unit/train/monitoring/test_trackers.py::test_a_missing_mlflow_run_is_reported_by_its_id"
+    ),
+    "save the model with save_pretrained: pickles are not read": (
+        "unit/train/test_pretrained_weights.py::test_a_folder_without_safetensors_is_refused_until_it_has_some"
+    ),
+    "checkpoint_io/safetensors_reader.py: ": (
+        "unit/checkpoint_io/test_safetensors_reader.py::test_a_damaged_safetensors_file_is_refused_until_it_is_written_again"
+    ),
+    "run the check: longhaul run {} {}": (
+        "unit/checks/test_learn_baseline.py::test_run_without_a_passed_check_is_refused_until_it_has_passed"
+    ),
+    "move it to a folder whose name has no : and no ,": (
+        "unit/jobs/test_launch_files.py::test_a_folder_with_a_bind_separator_is_refused_until_it_is_moved"
+    ),
     # evaluation
     "fetch it where there is a network: longhaul fetch CONFIG": (
         "unit/evaluation/test_evaluate_model.py::test_data_of_the_hub_come_from_what_fetch_stored"
@@ -600,8 +660,15 @@ NOT_FOLLOWED = {
     "{}; the full report is {}": "nodes that must be repaired or excluded; the remedy names what is wrong",
     "read in the job's log why they did not start": "another node that does not start: the log of its job tells the cause",
     "check that rank 0's node is up, and that no firewall": "another node, or a firewall between two",
-    "export/export_checkpoint.py: use another checkpoint": "a checkpoint of another release, as its hashes are right",
-    "export/verify_logits.py: use another checkpoint": "a checkpoint of another release, as its hashes are right",
+    "ask the administrators to test": "nodes that administrators repair",
+    "checks/node_connections.py: read in the job's log": "another node that ends: the log of its job tells the cause",
+    "start from a stage that trained the same model": "another training",
+    "use more GPUs, or shorten sequence_length": "a full GPU; test_out_of_memory.py compares the settings that are named before",
+    "train/checkpoint/checkpoint_manager.py: run the same command again": "damage of all checkpoints while the stage trains",
+    "train/fp8_products.py: set precision to bf16": "a GPU; with bf16, none of this code runs",
+    "one with data parallelism and ZeRO only": "a checkpoint of another program",
+    "train with ZeRO stage 1 or higher": "another training; test_zero_checkpoint.py opens checkpoints of each stage of ZeRO",
+    "another program wrote it: resume with the parallel layout": "a checkpoint of another program",
     "use a release of the engine that answers `echo` with `logprobs`": "another release of an engine",
     "serving/ask_server.py: what it printed is above": "the engine's own output tells the cause",
     "use another release of the engine": "another release of an engine",
@@ -628,23 +695,11 @@ NOT_FOLLOWED = {
 
 REMEDIES_OF_PLANS = ("config/", "planning/")
 """test_config_remedies.py scans these packages: there one table tries nearly all remedies."""
-COMPLETE = (
-    *("artifacts/", "cli.py", "compat/", "data/", "evaluation/", "export/"),
-    *("fetch/", "jobs/", "report/", "runtime/", "scheduling/", "serving/"),
-)
-"""Packages and modules of which every remedy is followed. Of the others, remedies that tell to delete, move or restore are."""
 
 
 def remedies_to_follow() -> list[RemedyInSource]:
     """Return the remedies that must be in a table of this file or of test_remedies.py."""
-    return [
-        remedy
-        for remedy in remedies_in_source()
-        if not remedy.module.startswith((*REMEDIES_OF_PLANS, "jobs/container.py"))
-        and (
-            remedy.module.startswith(COMPLETE) or re.search(r"\b(delete|rm|move|restore) ", remedy.text, re.IGNORECASE)
-        )
-    ]
+    return [remedy for remedy in remedies_in_source() if not remedy.module.startswith(REMEDIES_OF_PLANS)]
 
 
 def test_hints_in_constants_are_seen():

@@ -35,9 +35,11 @@ def write_duplicate_name(path: Path) -> None:
         (write_duplicate_name, "the name x occurs twice"),
     ],
 )
-def test_a_damaged_safetensors_file_is_refused(tmp_path: Path, damage, message: str) -> None:
+def test_a_damaged_safetensors_file_is_refused_until_it_is_written_again(tmp_path: Path, damage, message: str) -> None:
     path = tmp_path / "x.safetensors"
     save_file({"x": torch.ones(4)}, path)
     damage(path)
     with pytest.raises(UserError, match=message):
         open_safetensors(path)
+    save_file({"x": torch.ones(4)}, path)
+    assert [*open_safetensors(path)] == ["x"]

@@ -389,11 +389,13 @@ def test_a_container_binds_data_folders_and_link_targets(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["a:b", "a,b"])
-def test_a_folder_with_a_bind_separator_is_refused(tmp_path: Path, name: str):
+def test_a_folder_with_a_bind_separator_is_refused_until_it_is_moved(tmp_path: Path, name: str):
     software = {"kind": "container", "path": "/images/job.sif"}
     plan = plan_of(tmp_path, {"storage": {"weights": f"/scratch/{name}"}}, {"software": software})
     with pytest.raises(UserError, match="separates folders"):
         render_job(plan, JobId("train", ("base",)), tmp_path / "run")
+    moved = plan_of(tmp_path, {"storage": {"weights": "/scratch/a-b"}}, {"software": software})
+    render_job(moved, JobId("train", ("base",)), tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["with'quote", 'with"quote', "with$dollar", "with`tick", "per%cent"])

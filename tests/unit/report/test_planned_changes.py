@@ -14,6 +14,7 @@ from longhaul.artifacts.paths import JobId, WeightsFolder
 from longhaul.cli import main
 from longhaul.errors import InputError, UserError
 from longhaul.jobs.job_kind import job_spec
+from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.report.planned_changes import (
     AGAIN,
     CONTINUES,
@@ -25,6 +26,7 @@ from longhaul.report.planned_changes import (
     removed_stages,
     stage_changes,
 )
+from longhaul.train.checkpoint.weights_identity import find_starting_checkpoint
 from tests.support.finished_training_files import SPLIT, train, write_trained_results
 from tests.support.small_configs import plan_of
 from tests.support.tampered_files import tampered_texts
@@ -117,14 +119,30 @@ def test_unfinished_stage_continues_with_the_steps_that_are_left(folder: Path) -
     assert change_lines([base])[1].startswith("  stage base continues at step 30 of 40")
 
 
-def test_more_steps_under_a_decaying_schedule_are_refused(folder: Path) -> None:
-    """`restart: true` is the remedy: then the stage trains again in a new folder."""
+def test_more_steps_under_a_decaying_schedule_are_refused_until_the_remedy_is_followed(folder: Path) -> None:
+    """With `restart: true` the stage trains again in a new folder."""
     assert plan_of(folder).stages[0].stage.schedule.kind == "cosine"
     with pytest.raises(UserError, match="steps changed from 10 to 20") as caught:
         changes_of(folder, {"stages.0.steps": 20})
-    assert "restart: true" in str(caught.value)
+    assert "set the length back to 10 steps, or set restart: true" in str(caught.value)
+    assert changes_of(folder, {"stages.0.steps": 10})[0].action == KEPT
     again = changes_of(folder, {"stages.0.steps": 20, "stages.0.restart": True})[0]
     assert again.action == AGAIN and set(again.reasons) == {"restart False → True", "steps 10 → 20"}
+
+
+def test_start_from_a_missing_best_checkpoint_is_refused_until_it_is_the_last_one(folder: Path) -> None:
+    job = job_spec(plan_of(folder), JobId("train", ("chat",)))
+    assert isinstance(job, TrainSpec) and job.stage.start_from
+    for which in ("best", "last"):
+        start = job.stage.start_from.model_copy(update={"checkpoint": which})
+        asked = job.model_copy(update={"stage": job.stage.model_copy(update={"start_from": start})})
+        if which == "last":
+            assert find_starting_checkpoint(asked)
+        else:
+            with pytest.raises(
+                UserError, match=r"has no `best` checkpoint\s+remedy: set stages.chat.from.checkpoint to last"
+            ):
+                find_starting_checkpoint(asked)
 
 
 def test_data_that_are_made_again_are_the_reason(folder: Path) -> None:

@@ -9,8 +9,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.errors import UserError
-from longhaul.train.build_model import check_rotary_embedding, place_of_fp32_weights, train_every_embedding
+from longhaul.train.build_model import (
+    build_model_config,
+    check_rotary_embedding,
+    place_of_fp32_weights,
+    train_every_embedding,
+)
 from tests.support.small_configs import DEEPSEEK, LLAMA
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -41,7 +47,7 @@ def test_rotary_embedding_follows_the_config(keys: dict[str, Any]):
     check_rotary_embedding(network(keys), keys)
 
 
-def test_network_without_the_asked_scaling_is_refused():
+def test_network_without_the_asked_scaling_is_refused_until_the_keys_are_those_of_the_network():
     """Simulate the fault of releases before 0.2.0: `rope_type: default` replaced the given `type`."""
     unscaled = network({**MODELS["llama"], "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}})
     with pytest.raises(UserError, match="frequencies"):
@@ -52,6 +58,16 @@ def test_network_without_the_asked_scaling_is_refused():
     ):
         with pytest.raises(UserError, match=problem):
             check_rotary_embedding(unscaled, {**MODELS["llama"], "rope_scaling": scaling})
+    check_rotary_embedding(unscaled, MODELS["llama"])
+
+
+def test_vocabulary_smaller_than_the_tokenizer_is_refused_until_it_is_larger():
+    tokenizer = TokenizerManifest("t", "t0", 401, None, 1, 2, True, {}, [])
+    job: Any = SimpleNamespace(model=MODELS["llama"], pretrained=None)
+    with pytest.raises(UserError, match=r"401 tokens; .* vocab_size is 400\s+remedy: set vocab_size to at least 401"):
+        build_model_config(job, tokenizer)
+    job.model = {**MODELS["llama"], "vocab_size": 401}
+    assert build_model_config(job, tokenizer).vocab_size == 401
 
 
 def test_the_embedding_of_eos_learns_where_eos_is_also_the_padding_token():

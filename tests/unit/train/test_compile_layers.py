@@ -140,7 +140,7 @@ def test_a_layer_that_cannot_be_captured_is_named_and_runs(capsys: pytest.Captur
     assert out.count("run without torch.compile") == 1 and "LlamaDecoderLayer 1" in out
 
 
-def test_a_compiler_that_fails_ends_the_training():
+def test_a_compiler_that_fails_ends_the_training_until_it_is_repaired_or_off():
     def fails(_graph: Any, _inputs: Any) -> Any:
         raise RuntimeError("no C compiler")
 
@@ -148,6 +148,9 @@ def test_a_compiler_that_fails_ends_the_training():
     compile_layers(model, fails)  # pyright: ignore
     with pytest.raises(UserError, match=r"torch.compile of LlamaDecoderLayer failed: .*no C compiler"):
         gradients(model)
+    repaired, without = build("llama"), build("llama")
+    compile_layers(repaired, "aot_eager")
+    assert gradients(repaired) and gradients(without)
 
 
 def test_only_gpus_compile_and_only_where_the_stage_allows_it():

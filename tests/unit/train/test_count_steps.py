@@ -118,8 +118,11 @@ def test_a_schedule_longer_than_the_epochs_is_refused(shards: tuple[DataManifest
         with_counted_steps(huge, shards[0], WeightsFolder(tmp_path / "w2"), ALONE)
 
 
-def test_epochs_of_an_empty_split_are_refused(shards: tuple[DataManifest, DataManifest], tmp_path: Path):
+def test_epochs_of_an_empty_split_are_refused_until_it_has_documents(
+    shards: tuple[DataManifest, DataManifest], tmp_path: Path
+):
     empty: Any = {"train": {"shards": [], "tokens": 0, "documents": 0, "loss_tokens": 0}}
     data = DataManifest.from_fields(shards[0].__dict__ | {"splits": empty})
     with pytest.raises(InputError, match=r"stage base: the train split of dataset .* has no documents"):
         with_counted_steps(stage_of(tmp_path, "pretrain", 1), data, WeightsFolder(tmp_path / "w"), ALONE)
+    assert with_counted_steps(stage_of(tmp_path, "pretrain", 1), shards[0], WeightsFolder(tmp_path / "w"), ALONE)

@@ -10,14 +10,29 @@ import torch
 
 from longhaul.errors import UserError
 from longhaul.train import validation_loss as validation
+from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.trainer import require_loss_tokens
 
 
-def test_a_batch_without_loss_tokens_is_refused():
+def test_a_batch_without_loss_tokens_is_refused_until_it_is_skipped():
     require_loss_tokens(1, 7, 3)
     with pytest.raises(UserError, match="batch 7, after 3 steps, holds no loss token") as caught:
         require_loss_tokens(0, 7, 3)
-    assert "skip_batches" in (caught.value.hint or "")
+    assert caught.value.hint.startswith("add 7 to the stage's skip_batches")
+    state = TrainingState(step=7)
+    assert state.next_batch == 7
+    state.skip({7})
+    assert state.next_batch == 8
+
+
+def test_a_batch_that_was_trained_on_is_not_skipped_until_the_stage_restarts():
+    state = TrainingState(step=3)
+    with pytest.raises(
+        UserError, match=r"batch 1 cannot .*\s+remedy: remove it from skip_batches, or set restart: true"
+    ):
+        state.skip({1})
+    state.skip(set())
+    TrainingState().skip({1})
 
 
 @pytest.mark.parametrize(("loss_tokens", "expected"), [([2, 2], 3.0), ([0, 0], None)])

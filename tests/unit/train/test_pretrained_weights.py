@@ -249,6 +249,17 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
     initial_values(path)
 
 
+def test_a_folder_without_safetensors_is_refused_until_it_has_some(folder, tmp_path: Path) -> None:
+    path = _copy(folder[0], tmp_path)
+    for weights in path.glob("*.safetensors"):
+        weights.unlink()
+    with pytest.raises(UserError, match=r"holds no \*\.safetensors\s+remedy: save the model with save_pretrained"):
+        initial_values(path)
+    for weights in folder[0].glob("*.safetensors"):
+        shutil.copy(weights, path)  # save_pretrained writes such files
+    initial_values(path)
+
+
 def test_a_tensor_in_two_files_is_refused(folder, tmp_path: Path) -> None:
     path = _copy(folder[0], tmp_path)
     save_file({"model.norm.weight": torch.ones(200)}, path / "model-00004-of-000004.safetensors")

@@ -29,7 +29,8 @@ def learn_baseline(plan: Plan) -> SiteBaseline:
     Raises:
         UserError: the check has not run, it failed, or it did not measure.
     """
-    path, again = plan.paths.environment, f"run the check: longhaul run {plan.loaded.path} {plan.paths.environment}"
+    path = plan.paths.environment
+    again = f"run the check: longhaul run {plan.loaded.path} {path}"
     if failed_path(path).exists() and not path.exists():
         raise UserError(
             f"{failed_path(path)}: the environment check failed, so its rates are not those of healthy nodes", again

@@ -209,10 +209,12 @@ def test_after_a_roll_back_wandb_has_each_step_once(tmp_path: Path):
 
 
 @pytest.mark.parametrize(("key", "message"), [("", "No API key configured"), ("abc", "must have 40")])
-def test_wandb_without_a_valid_key_is_refused(tmp_path: Path, key: str, message: str):
+def test_wandb_without_a_valid_key_is_refused_until_it_is_offline(tmp_path: Path, key: str, message: str):
     os.environ.update({**ONLINE, "WANDB_API_KEY": key})
     with pytest.raises(UserError, match=f"WANDB_MODE is online, but W&B cannot begin a run: .*{message}"):
         open_attempt(tmp_path, "wandb")
+    del os.environ["WANDB_MODE"]
+    run_attempt(tmp_path, "wandb")
 
 
 def test_without_its_server_wandb_is_offline(tmp_path: Path, down: str, capfd: pytest.CaptureFixture[str]):
@@ -267,8 +269,11 @@ def test_both_libraries_know_our_environment_variables(tmp_path: Path):
     assert (MLFLOW_HTTP_REQUEST_TIMEOUT.get(), MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()) == (10, 2)
 
 
-def test_a_missing_package_is_reported_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_package_is_reported_by_its_name_until_the_tracker_is_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for name, package in (("wandb", "wandb"), ("mlflow", "mlflow-skinny")):
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(UserError, match=f"trackers.{name}: .*not installed\n  remedy: pip install {package},"):
             open_attempt(tmp_path, name)
+    assert open_trackers(base_stage(tmp_path, wandb=False, mlflow=False), tmp_path, 0) == []
