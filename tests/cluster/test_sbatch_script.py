@@ -62,4 +62,4 @@ def test_launch_script_is_refused_outside_an_allocation(rendered: PipelineRun):
     launch = rendered.results / "stages" / "base" / "launch.sh"
     environment = {key: value for key, value in rendered.environment().items() if key != "SLURM_JOB_ID"}
     done = subprocess.run(["bash", str(launch)], capture_output=True, text=True, check=False, env=environment)
-    assert done.returncode != 0 and "Submit job.sbatch" in done.stderr
+    assert done.returncode != 0 and "submit job.sbatch with sbatch" in done.stderr

@@ -82,7 +82,7 @@ class ZeroCheckpoint:
         for name, stored in tensors.items():
             if not isinstance(stored, StoredTensor):
                 raise UserError(
-                    f"{self.model_file}: {name} is no contiguous tensor; no other can be exported",
+                    f"{self.model_file}: {name} is not a contiguous tensor; no other can be exported",
                     "use another checkpoint",
                 )
         return tensors
