@@ -44,6 +44,36 @@ def test_a_folder_has_no_readme_no_license_and_nothing_hidden(tmp_path: Path):
     assert [path.name for path in files.left_out] == ["README.md", "LICENSE.txt", "dataset_info.json"]
 
 
+MARKERS = ["_SUCCESS", "_common_metadata", "_metadata", "_committed_6841", "_started_6841", "part-0.parquet.crc"]
+"""What Spark, Hadoop and Databricks leave beside the data of a job."""
+
+
+def test_a_folder_has_no_markers_of_spark_and_hadoop(tmp_path: Path):
+    write(
+        tmp_path,
+        *MARKERS,
+        "day=1/_SUCCESS",
+        "._SUCCESS.crc",
+        "._part-0.parquet",
+        ".part-0.parquet.crc",
+        "_committed_vacuum77",
+    )
+    write(tmp_path, "part-0.parquet", "day=1/part-1.parquet")
+    files = find_files(KEY, tmp_path, "auto")
+    assert sorted(path.name for path in files.files) == ["part-0.parquet", "part-1.parquet"]
+    assert sorted({path.name for path in files.left_out}) == sorted([*MARKERS, "_committed_vacuum77"])
+    assert found(tmp_path, "", "parquet") == ["day=1/part-1.parquet", "part-0.parquet"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["_SUCCESS.txt", "_metadata.json", "_started_part", "_delta_log/0.json", "_part-1", "part-1.crcs", "success"],
+)
+def test_a_file_that_may_hold_data_is_no_marker(tmp_path: Path, name: str):
+    write(tmp_path, "part-0.parquet", name)
+    assert "holds files of several formats" in refusal(tmp_path, "")[0]
+
+
 def test_a_suffix_is_known_in_upper_case_and_a_foreign_one_is_refused_in_the_plan(tmp_path: Path):
     write(tmp_path, "upper/A.JSONL", "upper/B.Jsonl.GZ", "rows.tsv")
     assert found(tmp_path, "upper") == ["upper/A.JSONL", "upper/B.Jsonl.GZ"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 FORMAT_OF_SUFFIX = {
@@ -21,6 +22,9 @@ KNOWN_SUFFIXES = ", ".join(sorted(FORMAT_OF_SUFFIX))
 _DESCRIPTIONS = {"readme", "license", "licence", "copying", "notice", "citation", "changelog"}
 # Files that `datasets` writes in addition to the data.
 _DESCRIPTIONS |= {"dataset_info", "dataset_infos", "dataset_dict", "state"}
+_MARKER = re.compile(r"_(SUCCESS|FAILURE|metadata|common_metadata|(started|committed)_(vacuum)?\d+)|.*\.crc", re.DOTALL)
+"""Whole names of the files that Spark, Hadoop and Databricks leave beside data: the end of a job, statistics of Parquet files,
+the begin and end of a transaction, checksums."""
 
 
 def known_format(path: Path) -> str | None:
@@ -35,5 +39,5 @@ def known_compression(path: Path) -> str | None:
 
 
 def describes_a_folder(path: Path) -> bool:
-    """Return whether a file is no data by its name, such as README.md, LICENSE.txt and dataset_info.json."""
-    return path.name.split(".")[0].lower() in _DESCRIPTIONS
+    """Return whether a file is no data by its name, such as README.md, LICENSE.txt, dataset_info.json and Spark's _SUCCESS."""
+    return path.name.split(".")[0].lower() in _DESCRIPTIONS or bool(_MARKER.fullmatch(path.name))

@@ -148,8 +148,8 @@ class Dataset(FrozenModel):
     )
     files: tuple[SingleLine, ...] = Field(
         default=(),
-        description="Files, folders or globs, relative to the config file. A folder stands for all its files of one "
-        "format, without README, LICENSE and hidden files. Links to folders count, too.",
+        description="Files, folders or globs, relative to the config file. A folder stands for all its files of one format, "
+        "without README, LICENSE, hidden files and markers such as Spark's _SUCCESS. Links to folders count, too.",
     )
     hub: HubDataset | None = Field(default=None, description="Download the dataset from the Hugging Face Hub.")
     python_stdlib: PythonStdlib | None = Field(

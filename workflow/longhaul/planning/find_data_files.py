@@ -1,7 +1,7 @@
 """Finds the files that a dataset's path, folder or glob names: hidden files, links, order, one format per folder.
 
 A folder holds data of one format. Links to folders are followed, in folders and in globs with `**`. Hidden files, hidden
-folders and files such as README.md are left out of folders; a file that is named itself is always read.
+folders and files such as README.md and _SUCCESS are left out of folders; a file that is named itself is always read.
 """
 
 from __future__ import annotations
