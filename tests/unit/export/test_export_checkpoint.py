@@ -7,11 +7,12 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export, TokenizerManifest
 from longhaul.artifacts.atomic_files import file_sha256
@@ -20,6 +21,7 @@ from longhaul.checkpoint_io.tensor_slice import TensorSlice
 from longhaul.errors import DiskFull, UserError
 from longhaul.export.export_checkpoint import run
 from longhaul.export.fp8_tensors import Fp8Matrix
+from longhaul.export.generate_samples import NEW_TOKENS
 from longhaul.export.model_without_memory import meta_model
 from longhaul.train.pretrained_weights import pretrained_values
 from tests.support.stage_folder import ExportableStage, create_exportable_stage
@@ -56,8 +58,6 @@ def test_exported_weights_equal_the_live_engines(zero_checkpoints: Path, tmp_pat
     assert exported.verification["tensors"]["equal"] == exported.verification["tensors"]["count"] > 0
     loading = exported.verification["from_pretrained"]
     assert loading["missing"] == loading["unexpected"] == 0
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(exported.path, dtype="auto")
     assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     reference, state = load_file(zero_checkpoints / case / "reference.safetensors"), model.state_dict()
@@ -143,6 +143,30 @@ def test_export_keeps_the_settings_of_the_pretrained_model(zero_checkpoints: Pat
     assert (loaded.eos_token_id, loaded.temperature, loaded.top_p) == ([7, 8, 1], 0.6, 0.95)
     (weights / "pretrained_generation.json").unlink()
     assert GenerationConfig.from_pretrained(Path(export(stage).path)).eos_token_id == [7, 8, 1], "those of config.json"
+
+
+def greedy_ids(folder: str, prompt: list[int]) -> list[int]:
+    """Return the tokens that transformers generates with the settings of an export."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+    generated = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW_TOKENS)
+    return generated[0, len(prompt) :].tolist()
+
+
+def test_samples_end_at_the_ends_of_the_pretrained_model_as_in_transformers(zero_checkpoints: Path, tmp_path: Path):
+    """A chat of Llama 3 ends at <|eot_id|>, which generation_config.json names; the tokenizer names <|end_of_text|>."""
+    stage = create_exportable_stage(zero_checkpoints / "llama-z0", tmp_path, "fp32")
+    prompt = json.loads((stage.reference / "prompts.json").read_text())["input_ids"][0]
+    endless = export(stage)
+    ids = greedy_ids(endless.path, prompt)
+    assert not endless.samples[0]["ended_with_eos"] and len(ids) > 3
+    (stage.tag.parents[1] / "pretrained_generation.json").write_text(json.dumps({"eos_token_id": [ids[2], 7]}))
+    checkpoint = Path(stage.job.checkpoint)
+    replace(Checkpoint.read(checkpoint), configs={}).write(checkpoint)
+    ended = export(stage)
+    assert greedy_ids(ended.path, prompt) == ids[: ids.index(ids[2]) + 1]
+    tokenizer = AutoTokenizer.from_pretrained(ended.path)
+    assert ended.samples[0]["completion"] == tokenizer.decode(ids[: ids.index(ids[2]) + 1], skip_special_tokens=True)
+    assert ended.samples[0]["ended_with_eos"]
 
 
 def test_exports_of_other_precisions_stay_and_latest_names_the_newest(zero_checkpoints: Path, tmp_path: Path):

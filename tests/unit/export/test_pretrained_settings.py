@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from longhaul.export.pretrained_settings import generation_settings, special_token_ids, with_unknown_keys
+from longhaul.export.pretrained_settings import (
+    end_token_ids,
+    generation_settings,
+    special_token_ids,
+    with_unknown_keys,
+)
 
 TOKENIZER: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 2}
 
@@ -29,6 +34,12 @@ def test_ends_of_the_models_config_count_without_a_generation_config():
     """transformers takes them from config.json where the folder has no generation_config.json."""
     assert generation_settings({}, {"eos_token_id": [7, 8]}, TOKENIZER)["eos_token_id"] == [7, 8, 1]
     assert generation_settings({"temperature": 0.6}, {"eos_token_id": 1}, TOKENIZER)["eos_token_id"] == 1
+
+
+def test_a_text_ends_at_one_token_at_any_of_several_or_nowhere():
+    assert end_token_ids(generation_settings({"eos_token_id": [0, 9]}, {}, TOKENIZER)) == {0, 9, 1}
+    assert end_token_ids({"eos_token_id": 0}) == {0}
+    assert end_token_ids({"eos_token_id": None}) == end_token_ids({}) == set()
 
 
 def test_unknown_keys_stay_and_descriptions_of_the_folder_go():

@@ -35,7 +35,7 @@ from longhaul.export.hub_config import write_hub_config
 from longhaul.export.model_card import model_card, provenance
 from longhaul.export.model_without_memory import meta_model
 from longhaul.export.open_verified_checkpoint import VerifiedCheckpoint, open_verified_checkpoint
-from longhaul.export.pretrained_settings import generation_settings
+from longhaul.export.pretrained_settings import end_token_ids, generation_settings
 from longhaul.export.safetensors_writer import write_shards
 from longhaul.export.tensor_blocks import HASHING_THREADS
 from longhaul.export.tokenizer_files import write_tokenizer
@@ -151,7 +151,8 @@ def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExpor
     weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
     model = exported.model(read_reference_logits(source.reference).compute)
     prompts = read_typed_json(source.reference / "prompts.json", SamplePrompts, "use another checkpoint")
-    return generate_samples(model, weights_bytes, tokenizer, prompts)
+    ends = end_token_ids(read_json(exported.folder / "generation_config.json"))
+    return generate_samples(model, weights_bytes, tokenizer, ends, prompts)
 
 
 def _file_hashes(folder: Path) -> dict[str, str]:

@@ -1,5 +1,5 @@
 """Generates the sample texts of an export by greedy decoding: 48 new tokens for each of the trainer's prompts. Decoding is
-greedy, so the same weights always give the same text.
+greedy, so the same weights always give the same text. A text ends at any of the model's end tokens, as in a server.
 """
 
 from __future__ import annotations
@@ -24,26 +24,29 @@ class SamplePrompts(TypedDict):
 
 
 def generate_samples(
-    model: LayerwiseModel, weights_bytes: int, tokenizer: PreTrainedTokenizerBase, prompts: SamplePrompts
+    model: LayerwiseModel,
+    weights_bytes: int,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: set[int],
+    prompts: SamplePrompts,
 ) -> list[GeneratedSample]:
     """Complete the trainer's prompts and return [{"split", "prompt", "completion", "ended_with_eos"}].
 
     weights_bytes: size of the exported weights. Large models get fewer new tokens, or no samples: see READ_BYTES.
+    ends:          ids of the tokens that end a text
     prompts:       {"split": name, "input_ids": [[token id]]}. A prompt is the beginning of a document of the split. For a
                    chat it is the question in the chat template, up to the start of the answer.
     """
     new_tokens = min(NEW_TOKENS, READ_BYTES // max(1, weights_bytes))
     input_ids = prompts["input_ids"] if new_tokens else []
-    completions = _complete(model, input_ids, new_tokens, tokenizer)
+    completions = _complete(model, input_ids, new_tokens, ends)
     return [
-        _sample(tokenizer, prompts["split"], prompt, completion)
+        _sample(tokenizer, prompts["split"], prompt, completion, ends)
         for prompt, completion in zip(input_ids, completions, strict=True)
     ]
 
 
-def _complete(
-    model: LayerwiseModel, prompts: list[list[int]], new_tokens: int, tokenizer: PreTrainedTokenizerBase
-) -> list[list[int]]:
+def _complete(model: LayerwiseModel, prompts: list[list[int]], new_tokens: int, ends: set[int]) -> list[list[int]]:
     """Return greedy completions of at most `new_tokens` tokens, within the model's positions.
 
     Each new token needs one pass over the weights, for all prompts together.
@@ -53,7 +56,7 @@ def _complete(
         unfinished = [
             index
             for index, completion in enumerate(completions)
-            if tokenizer.eos_token_id not in completion and len(prompts[index]) + len(completion) < model.positions
+            if ends.isdisjoint(completion) and len(prompts[index]) + len(completion) < model.positions
         ]
         if not unfinished:
             break
@@ -64,11 +67,11 @@ def _complete(
 
 
 def _sample(
-    tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int]
+    tokenizer: PreTrainedTokenizerBase, split: str, prompt: list[int], completion: list[int], ends: set[int]
 ) -> GeneratedSample:
     return {
         "split": split,
         "prompt": str(tokenizer.decode(prompt)),
         "completion": str(tokenizer.decode(completion, skip_special_tokens=True)),
-        "ended_with_eos": tokenizer.eos_token_id in completion,
+        "ended_with_eos": not ends.isdisjoint(completion),
     }

@@ -35,6 +35,12 @@ def generation_settings(
     return {key: value for key, value in found.items() if value is not None or key in base}
 
 
+def end_token_ids(settings: HuggingFaceConfig) -> set[int]:
+    """Return the tokens that end a text, by a generation_config.json: `generate` and servers stop at any of them."""
+    ends = settings.get("eos_token_id")
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
 def with_unknown_keys(written: HuggingFaceConfig, base: HuggingFaceConfig) -> HuggingFaceConfig:
     """Return the content of the exported config.json with the keys of the pretrained one that transformers did not write."""
     return written | {key: value for key, value in base.items() if key not in written and key not in _REPLACED}
