@@ -51,4 +51,5 @@ SERVED = ServeCheckResult(
     distinct_answers=8,
     host_memory_bytes=3 * 2**30,
     gpu_memory_bytes=None,
+    shared_pages_count_once=True,
 )

@@ -53,3 +53,9 @@ def test_rows_of_a_server_on_two_nodes_say_where_the_memory_was_measured():
     assert isinstance(facts, dict)
     assert facts["layout"] == "2 nodes, 2 tensor x 2 pipeline ranks"
     assert facts["memory of its processes on the first node"] == "3 GiB"
+
+
+def test_memory_that_counts_shared_pages_several_times_says_so():
+    facts = serve_check_rows(replace(SERVED, shared_pages_count_once=False))["facts"]
+    assert isinstance(facts, dict)
+    assert facts["memory of its processes"] == "3 GiB, pages that several share counted for each"

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
 from longhaul.errors import UserError
+from longhaul.serving import measure_load as module
 from longhaul.serving.ask_server import Answer
 from longhaul.serving.measure_load import MemoryPeak, answers_alone, measure_load, used_gpu_bytes
 
@@ -66,6 +71,54 @@ def test_exchanged_and_lost_answers_are_noticed():
         measured(Exchange())
     with pytest.raises(UserError, match="lost an answer"):
         measured(Loss())
+
+
+FORKS = """
+import os, sys
+held = bytearray(b"x") * (64 << 20)
+for _ in range(3):
+    if not os.fork():
+        break
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def forked() -> Iterator[psutil.Process]:
+    """A process whose 64 MiB are also those of its three children."""
+    command = [sys.executable, "-c", FORKS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdin
+        for _ in range(4):
+            process.stdout.readline()
+        yield psutil.Process(process.pid)
+        process.stdin.close()
+
+
+def peak_of(process: psutil.Process) -> MemoryPeak:
+    with MemoryPeak(process) as memory:
+        pass
+    return memory
+
+
+def test_a_page_that_processes_share_counts_once(forked: psutil.Process):
+    memory = peak_of(forked)
+    assert 64 << 20 < memory.host_bytes < 128 << 20
+    assert memory.shared_pages_count_once
+
+
+@pytest.mark.parametrize("content", [None, "", "00400000-7ffe0000 ---p 00000000 00:00 0 [rollup]\nRss: 1 kB\n"])
+def test_resident_memory_is_whole_where_shares_cannot_be_read(
+    forked: psutil.Process, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: str | None
+):
+    monkeypatch.setattr(module, "_PROC", tmp_path)
+    for process in (forked, *forked.children()) if content is not None else ():
+        (tmp_path / str(process.pid)).mkdir()
+        (tmp_path / str(process.pid) / "smaps_rollup").write_text(content)
+    memory = peak_of(forked)
+    assert memory.host_bytes > 4 * (64 << 20)
+    assert not memory.shared_pages_count_once
 
 
 def test_memory_of_a_process():

@@ -61,6 +61,7 @@ class ServeCheckResult(Artifact):
     distinct_answers: answers under load that differ from all others; an exchange of equal answers would not be noticed
     host_memory_bytes, gpu_memory_bytes: largest use during the load on the first node; gpu None without a GPU
     nodes:       number of nodes of the server
+    shared_pages_count_once: host_memory_bytes counts a page that processes share once; False: for each, as earlier releases did
     """
 
     stage: str
@@ -81,3 +82,4 @@ class ServeCheckResult(Artifact):
     host_memory_bytes: int
     gpu_memory_bytes: int | None
     nodes: int = 1
+    shared_pages_count_once: bool = False

@@ -12,6 +12,7 @@ def serve_check_rows(result: ServeCheckResult) -> dict[str, object]:
         "requests without the key are refused" if result.refuses_other_keys else "none: it listens on this node alone"
     )
     on_first = " on the first node" if result.nodes > 1 else ""
+    shared = "" if result.shared_pages_count_once else ", pages that several share counted for each"
     return {
         "stage": result.stage,
         "facts": {
@@ -22,7 +23,7 @@ def serve_check_rows(result: ServeCheckResult) -> dict[str, object]:
             "start of the server": text.duration(result.start_s),
             "API key": keys,
             "listens at": ", ".join(result.listens_at),
-            f"memory of its processes{on_first}": text.size(result.host_memory_bytes),
+            f"memory of its processes{on_first}": text.size(result.host_memory_bytes) + shared,
             f"memory of the GPUs{on_first}": text.size(result.gpu_memory_bytes),
         },
         "load": [_load(step) for step in result.load],

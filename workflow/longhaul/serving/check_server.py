@@ -99,6 +99,7 @@ async def _measure(
         "load": load,
         "distinct_answers": len({answer.text for answer in alone}),
         "host_memory_bytes": memory.host_bytes,
+        "shared_pages_count_once": memory.shared_pages_count_once,
         "gpu_memory_bytes": memory.gpu_bytes,
     }
 

@@ -7,7 +7,9 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -18,6 +20,7 @@ from longhaul.serving.ask_server import Answer, Connection, Prompt
 from longhaul.serving.compare_answers import changed_answer, largest_difference
 
 _SAMPLING_S = 0.5
+_PROC = Path("/proc")
 
 
 async def answers_alone(connection: Connection, prompts: Sequence[Prompt], most_tokens: int) -> list[Answer]:
@@ -85,7 +88,8 @@ def _rotate(prompt: Prompt, places: int) -> Prompt:
 class MemoryPeak:
     """Measures the largest memory of a process and all below it, and of the node's GPUs, during a `with` block.
 
-    host_bytes: resident memory; a page that several processes share counts for each of them
+    host_bytes: resident memory
+    shared_pages_count_once: a page that several processes share counts once; False: for each of them
     gpu_bytes:  used memory of all GPUs that this job may use; None without one
     """
 
@@ -94,6 +98,7 @@ class MemoryPeak:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self.host_bytes = 0
+        self.shared_pages_count_once = True
         self.gpu_bytes: int | None = None
 
     def __enter__(self) -> MemoryPeak:
@@ -106,21 +111,35 @@ class MemoryPeak:
 
     def _sample(self) -> None:
         while True:
-            self.host_bytes = max(self.host_bytes, _resident_bytes(self._process))
+            self._sample_host()
             if (used := used_gpu_bytes()) is not None:
                 self.gpu_bytes = max(self.gpu_bytes or 0, used)
             if self._ended.wait(_SAMPLING_S):
                 return
 
+    def _sample_host(self) -> None:
+        total, counts_once = 0, True
+        for process in (self._process, *self._process.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                resident, is_share = _resident_bytes(process)
+                total += resident
+                counts_once = counts_once and (is_share or not resident)  # a zombie has no memory
+        if total > self.host_bytes:
+            self.host_bytes, self.shared_pages_count_once = total, counts_once
 
-def _resident_bytes(process: psutil.Process) -> int:
-    total = 0
-    for one in (process, *process.children(recursive=True)):
-        try:
-            total += one.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return total
+
+def _resident_bytes(process: psutil.Process) -> tuple[int, bool]:
+    """Return the resident memory of a process, and whether it is its share of the pages (PSS in smaps_rollup), not all (RSS).
+
+    Raises:
+        psutil.NoSuchProcess: the process has ended.
+    """
+    try:
+        lines = (_PROC / str(process.pid) / "smaps_rollup").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["Pss"].split()[0]) * 1024, True
+    except (OSError, KeyError):  # another user's process, or a kernel without this file
+        return process.memory_info().rss, False
 
 
 def used_gpu_bytes() -> int | None:
