@@ -622,8 +622,8 @@ CONFIGS: list[tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
         {"partitions.0.node.gpu_memory_gib": 1},
         ("GiB per GPU", "site centre has 1 GiB"),
     ),
-    ("more files than the quota", {}, {"inode_limit": 19}, ("exceed site centre's inode_limit 19",)),
-    ("fewer files than two checkpoints need", {}, {"inode_limit": 5}, ("inode_limit 5", "need 10 files")),
+    ("more files than the quota", {}, {"inode_limit": 28}, ("exceed site centre's inode_limit 28",)),
+    ("fewer files than two checkpoints need", {}, {"inode_limit": 5}, ("inode_limit 5", "need 18 files")),
     (
         "more chunk files than the quota",
         {"datasets.chats": {"kind": "chat", "files": [str(REPOSITORY / "docs" / "config.md")], "chunk_mb": 0.001}},

@@ -18,7 +18,7 @@ def test_checkpoint_has_master_weights_two_moments_and_weights(precision: str, e
     assert checkpoint_bytes(tiny_stage(precision=precision), tiny_size()) == expected
 
 
-# changes of the stage, files: model + optimizer + trainer states, state.json and manifest.json (4 ranks)
+# changes of the stage, files: model + optimizer + trainer states, state.json, manifest.json (4 ranks); no reference values
 FILES: dict[str, tuple[dict[str, Any], int]] = {
     "ZeRO 0": ({"zero": Zero(stage=0)}, 1 + 0 + 4 + 2),
     "ZeRO 1": ({}, 1 + 4 + 4 + 2),
@@ -36,8 +36,13 @@ FILES: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.parametrize(("changes", "expected"), FILES.values(), ids=FILES)
 def test_files_of_a_checkpoint_equal_hand_computed_number(changes: dict[str, Any], expected: int):
-    assert files_per_checkpoint(tiny_stage(**changes), 4, exportable=False) == expected
-    assert files_per_checkpoint(tiny_stage(**changes), 4, exportable=True) == expected + 3, "reference values"
+    assert files_per_checkpoint(tiny_stage(**changes), 4, is_tied=False) == expected + 4, "reference values"
+
+
+def test_a_pipeline_has_no_file_of_a_tied_head_but_one_for_each_tensor_rank():
+    stage = tiny_stage(parallel=Parallel(pipeline=2, tensor=2))
+    assert files_per_checkpoint(stage, 4, is_tied=False) - files_per_checkpoint(stage, 4, is_tied=True) == 2
+    assert files_per_checkpoint(tiny_stage(), 4, is_tied=True) == files_per_checkpoint(tiny_stage(), 4, is_tied=False)
 
 
 def test_write_time_follows_from_the_sites_rate():

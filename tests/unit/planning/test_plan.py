@@ -247,7 +247,7 @@ def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
         accumulation=2,
         memory=estimate_gpu_memory(base.stage, sizes, 4),
         sizes=sizes,
-        files_per_checkpoint=1 + 4 + 4 + 2 + 3,
+        files_per_checkpoint=1 + 4 + 4 + 2 + 4,
         checkpoint_bytes=16 * sizes.total,
         asynchronous_saves=True,
         exported_checkpoints=("last",),
@@ -256,7 +256,7 @@ def test_plan_of_a_stage_holds_exactly_what_its_keys_give(tmp_path: Path):
         serving=None,
         warnings=(),
     )
-    assert (chat.exported_checkpoints, chat.files_per_checkpoint) == ((), 1 + 1 + 1 + 2)
+    assert (chat.exported_checkpoints, chat.files_per_checkpoint) == ((), 1 + 1 + 1 + 2 + 4)
     assert (base.name, plan.stage("chat"), plan.exported, plan.run) == ("base", chat, ("base",), "small")
 
 
@@ -313,7 +313,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {"partitions.0.node.gpu_memory_gib": 1},
         "stages.base: weights, gradients and optimizer states need",
     ),
-    "checkpoint files": ({}, {"inode_limit": 19}, "stages.base: 4 checkpoints with 5 files each"),
+    "checkpoint files": ({}, {"inode_limit": 19}, "stages.base: 4 checkpoints with 9 files each"),
     "batch": ({"stages.0.micro_batch_size": 3}, {}, "stages.base: global_batch_size 8 is not a multiple"),
     "save time": (
         {"stages.0.minutes": 1},

@@ -23,6 +23,7 @@ from longhaul.artifacts.atomic_files import (
 )
 from longhaul.artifacts.export_provenance import Provenance
 from longhaul.artifacts.paths import latest_export
+from longhaul.artifacts.reference_files import PROMPTS
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_master_weights
 from longhaul.config.hub_tensors import untied_where_servers_do_not_tie
@@ -150,7 +151,7 @@ def _samples(job: ExportSpec, source: VerifiedCheckpoint, exported: WrittenExpor
         raise InputError(f"{source.tokenizer.path} has no chat template", "set tokenizer.chat_template in the config")
     weights_bytes = sum(tensor.size_bytes for tensor in exported.tensors)
     model = exported.model(read_reference_logits(source.reference).compute)
-    prompts = read_typed_json(source.reference / "prompts.json", SamplePrompts, "use another checkpoint")
+    prompts = read_typed_json(source.reference / PROMPTS, SamplePrompts, "use another checkpoint")
     ends = end_token_ids(read_json(exported.folder / "generation_config.json"))
     return generate_samples(model, weights_bytes, tokenizer, ends, prompts)
 

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.reference_files import COMPUTED_WITH, LOGITS
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.field_types import HuggingFaceConfig
 from longhaul.errors import UserError
@@ -158,8 +159,8 @@ def verify_logits(exported: WrittenExport, reference_folder: Path, dtype: torch.
 
 def read_reference_logits(folder: Path) -> ReferenceLogits:
     """Read logits.safetensors and logits.json of the checkpoint's reference values."""
-    recorded = read_typed_json(folder / "logits.json", ComputedWith, "use another checkpoint")
-    tensors = load_file(folder / "logits.safetensors")
+    recorded = read_typed_json(folder / COMPUTED_WITH, ComputedWith, "use another checkpoint")
+    tensors = load_file(folder / LOGITS)
     return ReferenceLogits(
         input_ids_PT=tensors["input_ids"],
         logits_PTV=tensors["logits"],

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from typing_extensions import TypedDict
 
+from longhaul.artifacts.reference_files import TENSORS
 from longhaul.artifacts.typed_json import Sha256, read_typed_json
 from longhaul.checkpoint_io import LazyTensor, open_safetensors, raw_bytes
 from longhaul.errors import UserError
@@ -57,7 +58,7 @@ def verify_tensors(
         UserError: a tensor is missing, additional, of another shape or data type, has other bytes, or differs by more than
             rounding to FP8 allows.
     """
-    trained = read_typed_json(reference / "tensors.json", dict[str, TensorReference], NO_EXPORT_HINT)
+    trained = read_typed_json(reference / TENSORS, dict[str, TensorReference], NO_EXPORT_HINT)
     # A head that the trainer ties to the embedding may be in the files as a copy.
     recorded = trained | {alias: entry for entry in trained.values() for alias in entry.get("aliases", ())}
     parts = {name: list(group) for name, group in groupby(tensors, key=lambda tensor: tensor.model_name)}

@@ -284,7 +284,7 @@ def _plan_stage(
         check_expert_balance(stage, model)
         check_positions(stage, sizes)
         check_memory(stage, memory, sizes, loaded.site)
-    files = files_per_checkpoint(stage, world_size, bool(exported_checkpoints))
+    files = files_per_checkpoint(stage, world_size, bool(model and model.get("tie_word_embeddings")))
     check_checkpoint_files(stage, files, loaded.site)
     micro_batches = accumulation_steps(stage, data_parallel)
     save_bytes = checkpoint_bytes(stage, sizes) if sizes else None

@@ -11,6 +11,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.artifact_schemas import Export
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.artifacts.compare_hashes import wrong_files
+from longhaul.artifacts.reference_files import COMPUTED_WITH, LOGITS, PROMPTS
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.config.field_types import Precision
 from longhaul.config.safetensors_header import safetensors_header
@@ -58,9 +59,9 @@ def read_reference_values(export: Export) -> ReferenceValues:
     checkpoint = Path(export.checkpoint)
     folder = reference_folder(checkpoint)
     _verify(checkpoint, folder, export)
-    tensors = _read_tensors(folder / "logits.safetensors")
-    samples = read_typed_json(folder / "prompts.json", _SamplePrompts, _HINT)
-    computed = read_typed_json(folder / "logits.json", _ComputedWith, _HINT)
+    tensors = _read_tensors(folder / LOGITS)
+    samples = read_typed_json(folder / PROMPTS, _SamplePrompts, _HINT)
+    computed = read_typed_json(folder / COMPUTED_WITH, _ComputedWith, _HINT)
     ids_PT = tensors["input_ids"]
     return ReferenceValues(
         prompts_PT=ids_PT.tolist(),

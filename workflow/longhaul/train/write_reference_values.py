@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from longhaul.artifacts.atomic_files import write_json
+from longhaul.artifacts.reference_files import COMPUTED_WITH, LOGITS, PROMPTS, TENSORS
 from longhaul.compat.deepspeed import Engine
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning.constants_shared_with_trainer import LOGITS_PROMPT_TOKENS
@@ -38,9 +39,9 @@ def write_reference_values(
     if not context.is_main:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "tensors.json", tensors)
-    write_json(folder / "prompts.json", prompts)
-    save_file({"input_ids": input_ids_PT, "logits": logits_PTV}, folder / "logits.safetensors")
+    write_json(folder / TENSORS, tensors)
+    write_json(folder / PROMPTS, prompts)
+    save_file({"input_ids": input_ids_PT, "logits": logits_PTV}, folder / LOGITS)
     parallel = job.stage.parallel
     computed_with = {
         "device": context.device.type,
@@ -51,7 +52,7 @@ def write_reference_values(
         # These axes sum in another order than the exported model does on one device.
         "splits_sums": max(parallel.tensor, parallel.expert, parallel.sequence) > 1,
     }
-    write_json(folder / "logits.json", computed_with)
+    write_json(folder / COMPUTED_WITH, computed_with)
 
 
 def _tensor_hashes(engine: Engine, job: TrainSpec, context: DistributedContext) -> dict[str, dict[str, object]]:
