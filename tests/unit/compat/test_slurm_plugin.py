@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import AsyncGenerator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from longhaul.compat.slurm_plugin import SlurmActions, _after_pause, _patched, _without_guess
+from longhaul.compat.slurm_plugin import SlurmActions, _after_pause, _patched, _without_guess, job_name_prefix
 
 
 class Executor:
@@ -199,3 +200,15 @@ def test_nothing_is_asked_before_the_first_job(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(Executor, "run_uuid")
     slurm, executor = Slurm(), Executor()
     assert slurm.active_jobs(executor) == [] and slurm.asked == []
+
+
+def test_long_runs_that_begin_with_the_same_text_have_jobs_of_other_names():
+    """The plugin accepts a prefix of these characters only, and of this length; a run's name has at most 64 characters."""
+    runs = [f"{'llama-7b-web-and-code-with-long-warmup-seed-'.ljust(63, '-')}{number}" for number in (1, 2)]
+    prefixes = [job_name_prefix(run) for run in runs]
+    assert len({*prefixes}) == 2
+    for run, prefix in zip(runs, prefixes, strict=True):
+        assert re.fullmatch("[A-Za-z0-9_-]{50}", prefix) and prefix.startswith(f"longhaul-{run}"[:41] + "-")
+        assert job_name_prefix(run) == prefix
+    assert job_name_prefix("r" * 41) == "longhaul-" + "r" * 41, "a name that fits stays whole"
+    assert len(job_name_prefix("r" * 42)) == 50

@@ -11,7 +11,7 @@ import pytest
 
 from longhaul.artifacts.job_state import State
 from longhaul.artifacts.paths import JobId, RunPaths
-from longhaul.compat.slurm_plugin import job_comment
+from longhaul.compat.slurm_plugin import job_comment, job_name_prefix
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_name_by_hand
 from longhaul.jobs.launch_files import write_job_files
@@ -82,6 +82,17 @@ def test_two_runs_may_have_one_comment(
     paths.folder.mkdir(parents=True)
     monkeypatch.setattr(slurm_client, "queue_of", lambda *_: [entry])
     assert jobs_in_queue(paths) == (["7"] if is_found else [])
+
+
+def test_a_run_with_a_long_name_finds_its_own_jobs_alone():
+    """Stage `2_b` of one run and stage `b` of a run whose name ends in `_2` have one comment; both names are cut."""
+    run, other = "r" * 60, "r" * 60 + "_2"
+    comment = job_comment("train", (run, "2_b"))
+    assert comment == job_comment("train", (other, "b"))
+    for name in (run, other):
+        entry = QueueEntry("7", "RUNNING", "None", "N/A", f"{job_name_prefix(name)}_{NAME_BY_PLUGIN[11:]}", comment)
+        assert bool(match_jobs(run, [JobId("train", ("2_b",))], [entry]).by_job) == (name == run)
+        assert bool(match_jobs(other, [JobId("train", ("b",))], [entry]).by_job) == (name == other)
 
 
 def test_job_that_was_submitted_by_hand_is_found_by_its_name_or_its_recorded_id(

@@ -6,10 +6,14 @@ The plugin's `check_active_jobs` yields the jobs that still run; Snakemake forge
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
+
+_PREFIX_CHARACTERS = 50
+_HASH_CHARACTERS = 8
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,16 @@ def job_comment(rule: str, wildcards: Iterable[str]) -> str:
 
 
 def job_name_prefix(run: str) -> str:
-    """Return what the names of a run's jobs begin with; the plugin accepts 50 characters, and appends `_<uuid>`."""
-    return f"longhaul-{run}"[:50]
+    """Return what the names of a run's jobs begin with. The plugin appends `_<uuid>`.
+
+    The plugin accepts 50 characters. A longer name ends in a hash of the whole name, which keeps runs apart whose names begin
+    with the same text.
+    """
+    name = f"longhaul-{run}"
+    if len(name) <= _PREFIX_CHARACTERS:
+        return name
+    ending = "-" + hashlib.sha256(name.encode()).hexdigest()[:_HASH_CHARACTERS]
+    return name[: _PREFIX_CHARACTERS - len(ending)] + ending
 
 
 def name_jobs(run: str) -> None:
