@@ -38,6 +38,26 @@ def test_worst_nodes_come_first_with_their_cause():
     assert (found[2].last_bandwidth_gbps, found[2].last_checked_s) == (8.0, 2.0)
 
 
+def states_of(problems: list[str]) -> list[str]:
+    """Return the states of a node after each of its results."""
+    rows = [result("n1", float(time_s), problem) for time_s, problem in enumerate(problems)]
+    return [node_histories(rows[:count], [])[0].state for count in range(1, len(rows) + 1)]
+
+
+def test_a_node_is_fit_again_after_ten_good_results_in_a_row():
+    assert states_of(["slow", *[""] * 11]) == ["unfit", *["flaky"] * 9, "fit", "fit"]
+    assert states_of(["", "slow", *[""] * 9, "slow", *[""] * 9]) == [
+        "fit",
+        "unfit",
+        *["flaky"] * 9,
+        "unfit",
+        *["flaky"] * 9,
+    ]
+    (again,) = node_histories([result("n1", 5.0, "slow"), *(result("n1", 6.0 + k) for k in range(10))], [])
+    assert (again.state, again.unfit, again.last_unfit_s, again.note) == ("fit", 1, 5.0, "slow")
+    assert [one.last_unfit_s for one in node_histories([result("n2", 1.0)], [{"node": "n9"}])] == [None, None]
+
+
 def test_results_of_all_jobs_of_all_runs_are_read_in_their_order(tmp_path: Path):
     jobs = [RunPaths("a", tmp_path).job(JobId("fabric")), RunPaths("b", tmp_path).stage("base")]
     for job, times in zip(jobs, [(3.0, 1.0), (2.0,)], strict=True):
@@ -70,13 +90,15 @@ def test_verb_prints_the_nodes_of_the_working_folder(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     job = RunPaths("a", RESULTS).job(JobId("fabric"))
     job.path.mkdir(parents=True)
-    append_node_results(job, [new_node_result("n1", "pair tournament", 11.5, "")])
+    rows = [result("n1", 86400.0, "slow"), new_node_result("n1", "pair tournament", 11.5, "")]
+    append_node_results(job, rows)
     add_to_quarantine(QUARANTINE, ["n2"], "n2 is slow\x1b[31m", "fabric, job 7")
     assert read_quarantine(QUARANTINE).node_names == ("n2",)
     shown = CliRunner().invoke(app, ["nodes"])
     assert shown.exit_code == 0, shown.output
     assert "n2 is slow\\x1b[31m" in shown.output and "11.5" in shown.output
-    assert shown.output.index("n2") < shown.output.index("n1")
+    assert shown.output.index("n2 ") < shown.output.index("n1 ")
+    assert "1970-01-02" in shown.output, "when it was unfit"
 
 
 def test_folder_without_results_is_named_until_a_check_has_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

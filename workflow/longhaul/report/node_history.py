@@ -19,11 +19,16 @@ from longhaul.errors import UserError, printable
 from longhaul.report.number_format import MISSING, significant
 
 _ORDER = ("quarantined", "unfit", "flaky", "fit")
+_GOOD_RESULTS = 10
+"""After this many good results in a row a node is fit again."""
 
 
 @dataclass(frozen=True)
 class NodeHistory:
-    """One node. state: quarantined; unfit by its last result; flaky: unfit earlier; or fit."""
+    """One node. state: quarantined; unfit by its last result; flaky: unfit in one of its last ten results; or fit.
+
+    note: why it is in quarantine, else the problem of its last result that was unfit
+    """
 
     node: str
     state: str
@@ -31,6 +36,7 @@ class NodeHistory:
     unfit: int
     last_bandwidth_gbps: float | None
     last_checked_s: float | None
+    last_unfit_s: float | None
     note: str
 
 
@@ -46,15 +52,23 @@ def node_histories(rows: Sequence[NodeResult], quarantined: Sequence[Quarantined
 
 def _history(node: str, rows: Sequence[NodeResult], cause: str | None) -> NodeHistory:
     unfit = [row for row in rows if row["problem"]]
-    if cause is not None:
-        state, note = "quarantined", cause
-    elif not unfit:
-        state, note = "fit", ""
-    else:
-        state, note = ("unfit" if rows[-1]["problem"] else "flaky"), unfit[-1]["problem"]
     rates = [row["bandwidth_gbps"] for row in rows if row["bandwidth_gbps"] is not None]
-    last_s = rows[-1]["time_s"] if rows else None
-    return NodeHistory(node, state, len(rows), len(unfit), rates[-1] if rates else None, last_s, note)
+    return NodeHistory(
+        node=node,
+        state=_state(rows) if cause is None else "quarantined",
+        checks=len(rows),
+        unfit=len(unfit),
+        last_bandwidth_gbps=rates[-1] if rates else None,
+        last_checked_s=rows[-1]["time_s"] if rows else None,
+        last_unfit_s=unfit[-1]["time_s"] if unfit else None,
+        note=cause if cause is not None else unfit[-1]["problem"] if unfit else "",
+    )
+
+
+def _state(rows: Sequence[NodeResult]) -> str:
+    if rows[-1]["problem"]:
+        return "unfit"
+    return "flaky" if any(row["problem"] for row in rows[-_GOOD_RESULTS:]) else "fit"
 
 
 def print_nodes(workdir: Path) -> None:
@@ -70,7 +84,7 @@ def print_nodes(workdir: Path) -> None:
             "call it in the working folder of a run whose environment check has run",
         )
     table = Table(title="Nodes of all runs in this folder", title_justify="left")
-    for column in ("node", "state", "checks", "unfit", "last GB/s", "last check", "cause"):
+    for column in ("node", "state", "checks", "unfit", "last GB/s", "last check", "last unfit", "cause"):
         table.add_column(column, overflow="fold")
     for history in found:
         table.add_row(*(Text(printable(cell)) for cell in _cells(history)))
@@ -78,8 +92,17 @@ def print_nodes(workdir: Path) -> None:
 
 
 def _cells(history: NodeHistory) -> tuple[str, ...]:
-    last = MISSING
-    if history.last_checked_s is not None:
-        last = datetime.fromtimestamp(history.last_checked_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
-    rate = significant(history.last_bandwidth_gbps)
-    return history.node, history.state, str(history.checks), str(history.unfit), rate, last, history.note
+    return (
+        history.node,
+        history.state,
+        str(history.checks),
+        str(history.unfit),
+        significant(history.last_bandwidth_gbps),
+        _time(history.last_checked_s),
+        _time(history.last_unfit_s),
+        history.note,
+    )
+
+
+def _time(time_s: float | None) -> str:
+    return MISSING if time_s is None else datetime.fromtimestamp(time_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
