@@ -1,4 +1,4 @@
-"""Writes the map of package, rules and scripts in README.md from their first lines: python docs/package_map.py [--check]."""
+"""Writes the map of package, rules, templates, profiles and environments in README.md: python docs/package_map.py [--check]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, README = ROOT / "workflow" / "longhaul", ROOT / "README.md"
-RULES, SCRIPTS = ROOT / "workflow" / "rules", ROOT / "templates" / "sbatch"
+OTHER_FOLDERS = {
+    "workflow/rules": "the rules of the Snakefile, one file per step",
+    "templates/sbatch": "scripts of jobs and containers; Jinja templates end in .j2",
+    "templates/deepspeed": "DeepSpeed's config",
+    "templates/chat": "chat templates",
+    "templates/report": "the report page",
+    "profiles/local": "how Snakemake runs on this machine",
+    "profiles/slurm": "how Snakemake runs through Slurm",
+    "envs": "pinned versions; conda environments and a container definition made from them",
+}
+"""Folder outside of the package -> what it contains."""
 BEGIN, END = "<!-- package map: make generate -->", "<!-- end of package map -->"
 
 
@@ -17,9 +27,13 @@ def package_map() -> str:
     """Return one table per folder: each file with the first sentence of its docstring or comment."""
     folders = [PACKAGE, *sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)]
     tables = [_table(folder) for folder in folders]
-    tables.append(_rows("workflow/rules", "the rules of the Snakefile, one file per step", sorted(RULES.glob("*.smk"))))
-    tables.append(_rows("templates/sbatch", "scripts of jobs and containers", sorted(SCRIPTS.glob("*.sh"))))
-    return "\n".join(tables)
+    others = [_rows(name, contents, files_of(name)) for name, contents in OTHER_FOLDERS.items()]
+    return "\n".join([*tables, *others])
+
+
+def files_of(folder: str) -> list[Path]:
+    """Return the files of a folder outside of the package, without hidden ones."""
+    return sorted(path for path in (ROOT / folder).iterdir() if path.is_file() and not path.name.startswith("."))
 
 
 def _table(folder: Path) -> str:
@@ -39,12 +53,14 @@ def _rows(name: str, contents: str, files: list[Path]) -> str:
 
 
 def _first_sentence(file: Path) -> str:
-    """Return the first sentence of a file's docstring, or of its first comment, without its full stop."""
+    """Return the first sentence of a file's docstring, Jinja comment or first comment, without its full stop."""
     text = file.read_text(encoding="utf-8")
     if file.suffix == ".py":
         docstring = ast.get_docstring(ast.parse(text)) or ""
     elif file.suffix == ".smk":
         docstring = text.split('"""')[1].strip().partition("\n")[0]
+    elif file.suffix in (".j2", ".jinja"):
+        docstring = text.split("#}")[0].removeprefix("{#").strip("- \n")
     else:
         lines = [line for line in text.split("\n") if not line.startswith(("#!", "# shellcheck"))]
         docstring = lines[0].removeprefix("# ")
