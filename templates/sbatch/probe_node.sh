@@ -16,8 +16,14 @@ if command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | sed 's/^/nvidia: /'
   nvidia-smi | sed -n 's/.*CUDA Version: *\([0-9.]*\).*/cuda: \1/p'
 fi
+if command -v amd-smi >/dev/null; then
+  amd-smi static --asic --vram --json | sed 's/^/amd_smi: /'
+fi
 if command -v rocm-smi >/dev/null; then
-  rocm-smi --showproductname --showmeminfo vram --csv | sed 's/^/amd: /'
-  sed 's/^/rocm: /' /opt/rocm/.info/version 2>/dev/null
+  rocm-smi --showproductname --showmeminfo vram --csv | sed 's/^/rocm_smi: /'
+fi
+sed 's/^/rocm: /' /opt/rocm/.info/version 2>/dev/null
+if command -v amd-smi >/dev/null; then
+  amd-smi version | sed -n 's/.*ROCm version: *\([0-9.]*\).*/rocm: \1/p'
 fi
 echo "end: probe"

@@ -21,6 +21,31 @@ echo 'device,VRAM Total Memory (B),VRAM Total Used Memory (B),Card Series,Card M
 echo 'card0,68702699520,10960896,AMD Instinct MI250X,0x7408,"Advanced Micro Devices, Inc. [AMD/ATI]",D65210'
 echo 'card1,68702699520,10960896,AMD Instinct MI250X,0x7408,"Advanced Micro Devices, Inc. [AMD/ATI]",D65210'
 """
+AMD_SMI = """#!/bin/sh
+case "$1" in
+version) echo 'AMDSMI Tool: 26.2.1+fc0010cf6a | AMDSMI Library version: 26.2.1 | ROCm version: 7.2.0';;
+*) test "$*" = "static --asic --vram --json" && cat <<'END'
+%s
+END
+esac
+"""
+MI300X = """\
+    {
+        "gpu": %d,
+        "asic": {
+            "market_name": "AMD Instinct MI300X",
+            "vendor_name": "Advanced Micro Devices Inc. [AMD/ATI]",
+            "num_compute_units": 304
+        },
+        "vram": {
+            "type": "HBM3",
+            "size": {
+                "value": %s,
+                "unit": "MB"
+            }
+        }
+    }"""
+GPUS = f"[\n{MI300X % (0, 196592)},\n{MI300X % (1, 196592)}\n]"
 SBATCH = """#!/bin/sh
 for word; do case "$word" in --output=*) out=${word#--output=};; esac; done
 %s
@@ -46,6 +71,35 @@ def test_node_with_amd_gpus_is_read(tmp_path: Path):
     node = parse_probe(text)
     assert node.gpu_names == ("AMD Instinct MI250X",) * 2 and node.gpu_memory_gib == 63.9
     assert (node.toolkit, node.version) == ("rocm", "6.4")
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        GPUS,
+        f'{{\n"gpu_data": {GPUS}\n}}',
+        f"WARNING: User is missing the following required groups: render\n{GPUS}",
+        GPUS.replace("\n]", f",\n{MI300X % (2, chr(34) + 'N/A' + chr(34))}\n]"),
+    ],
+    ids=["ROCm 6", "ROCm 7", "warning", "part of a GPU"],
+)
+@pytest.mark.parametrize("has_rocm_smi", [False, True])
+def test_amd_smi_is_asked_where_it_is_installed(tmp_path: Path, output: str, has_rocm_smi: bool):
+    path = fake_program(tmp_path, "amd-smi", AMD_SMI % output)
+    if has_rocm_smi:
+        fake_program(tmp_path, "rocm-smi", ROCM_SMI)
+    node = parse_probe(printed(path))
+    assert node.gpu_names == ("AMD Instinct MI300X",) * 2 and node.gpu_memory_gib == 191.9
+    assert (node.toolkit, node.version) == ("rocm", "7.2")
+
+
+@pytest.mark.parametrize(
+    "output", ["", "amdsmi: no driver", "{", "[]", "{}", "[1]", '{"gpu_data": [{"asic": {}}]}', "null"]
+)
+def test_rocm_smi_counts_where_amd_smi_shows_no_gpu(tmp_path: Path, output: str):
+    fake_program(tmp_path, "amd-smi", AMD_SMI % output)
+    node = parse_probe(printed(fake_program(tmp_path, "rocm-smi", ROCM_SMI)))
+    assert node.gpu_names == ("AMD Instinct MI250X",) * 2
 
 
 @pytest.mark.parametrize("has_program", [False, True])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 class GpuDatasheet:
     """One kind of GPU.
 
-    name:                pattern of the name that nvidia-smi or rocm-smi prints
+    name:                pattern of the name that nvidia-smi, amd-smi or rocm-smi prints
     bf16_tflops:         dense rate
     memory_gb_per_s:     bandwidth of its memory; of several sizes of memory, the lowest
     nvlinks:             NVLinks that are connected in every server; None where it depends on the server

@@ -32,7 +32,7 @@ class Figure:
 class GpuLinks:
     """The links between the GPUs of a node.
 
-    name:      pattern of the name that nvidia-smi or rocm-smi prints
+    name:      pattern of the name that nvidia-smi, amd-smi or rocm-smi prints
     links:     for people
     ranks:     number of GPUs that the figures were measured between
     figures:   collective -> GB/s

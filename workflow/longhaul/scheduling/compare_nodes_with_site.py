@@ -89,7 +89,7 @@ def _at_least(subject: str, written: int, found: int, key: str) -> Comparison:
 
 def _gpus(written: int, node: FoundNode) -> Comparison:
     found = len(node.gpu_names)
-    names = ", ".join(dict.fromkeys(node.gpu_names)) or "neither nvidia-smi nor rocm-smi shows a GPU"
+    names = ", ".join(dict.fromkeys(node.gpu_names)) or "none of nvidia-smi, amd-smi and rocm-smi shows a GPU"
     # A node may have GPUs that the job did not ask for.
     problem = _wrong_number_of_gpus(found) if written and found != written else ""
     return Comparison("", "GPUs", str(written), f"{found} ({names})", problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import tempfile
 import time
@@ -160,7 +161,8 @@ def parse_probe(text: str) -> FoundNode:
         key, colon, value = line.partition(": ")
         if colon:
             values.setdefault(key, []).append(printable(value.strip()))
-    nvidia, amd = _nvidia_gpus(values.get("nvidia", [])), _amd_gpus(values.get("amd", []))
+    nvidia = _nvidia_gpus(values.get("nvidia", []))
+    amd = _gpus_of_amd_smi(values.get("amd_smi", [])) or _gpus_of_rocm_smi(values.get("rocm_smi", []))
     gpus = nvidia or amd
     toolkit = "cuda" if nvidia else "rocm" if amd else None
     versions = [re.match(r"\d+\.\d+", text) for text in values.get(toolkit or "", [])]
@@ -187,7 +189,23 @@ def _nvidia_gpus(lines: Sequence[str]) -> list[tuple[str, int]]:
     return [(match[1], int(match[2])) for match in found if match]
 
 
-def _amd_gpus(lines: Sequence[str]) -> list[tuple[str, int]]:
+def _gpus_of_amd_smi(lines: Sequence[str]) -> list[tuple[str, int]]:
+    """Return name and MiB of each GPU in the JSON of `amd-smi static --asic --vram`; [] if it printed an error instead.
+
+    ROCm 6 prints a list, ROCm 7 an object with this list. Parts of a GPU that is divided have no memory of their own.
+    """
+    text = "\n".join(lines)
+    begins = [place for place in map(text.find, "[{") if place >= 0]  # warnings may stand before it
+    try:
+        found = json.JSONDecoder().raw_decode(text, min(begins, default=0))[0]
+        gpus = found["gpu_data"] if isinstance(found, dict) else found
+        sizes = [(gpu["asic"]["market_name"], gpu["vram"]["size"]) for gpu in gpus]
+        return [(str(name), int(size["value"])) for name, size in sizes if isinstance(size["value"], int)]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _gpus_of_rocm_smi(lines: Sequence[str]) -> list[tuple[str, int]]:
     """Return name and MiB of each GPU in rocm-smi's CSV. The capitals of its header differ between versions."""
     rows = csv.DictReader(io.StringIO("\n".join(lines)))
     lower = [{(key or "").lower(): value for key, value in row.items()} for row in rows]
