@@ -1,6 +1,6 @@
-"""Small tokenizers with chat templates of four families: ChatML, Llama 3.1, Qwen 3 and DeepSeek R1.
+"""Small tokenizers with chat templates of four families: ChatML, Llama 3.1, Qwen 3 and DeepSeek R1; and of Magistral.
 
-CHATML is the plain format, without tools. The other three are short forms of the published templates: turns, calls, results and
+CHATML is the plain format, without tools. The other ones are short forms of the published templates: turns, calls, results and
 reasoning are written as published, and long fixed instructions are left out.
 """
 
@@ -200,11 +200,28 @@ FAMILIES = {
 }
 
 
+MAGISTRAL = Family(
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content %}[THINK]{{ m.reasoning_content }}[/THINK]{% endif %}{{ m.content + eos_token }}"
+    "{% elif m.role == 'system' %}[SYSTEM_PROMPT]{{ m.content }}[/SYSTEM_PROMPT]"
+    "{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}",
+    "</s>",
+    "<s>",
+    ("<s>", "</s>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[THINK]", "[/THINK]"),
+    (),
+)
+"""Mistral's reasoning models: their marks of reasoning are special tokens."""
+
+
 def make_family_tokenizer(name: str, folder: Path) -> TokenizerManifest:
     """Write a tokenizer folder of a family: bytes and the family's tokens."""
+    return make_tokenizer(FAMILIES[name], name, folder)
+
+
+def make_tokenizer(family: Family, name: str, folder: Path) -> TokenizerManifest:
+    """Write a tokenizer folder: bytes and the family's tokens. name: the tokenizer's hash in the manifest"""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    family = FAMILIES[name]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: number for number, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

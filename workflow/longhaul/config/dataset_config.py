@@ -180,12 +180,14 @@ class Dataset(FrozenModel):
     )
     reasoning_in_loss: bool = Field(
         default=True,
-        description="kind chat: compute the loss on the assistant's <think>…</think> text. false: it is context only.",
+        description="kind chat: compute the loss on the assistant's <think>…</think> text, and on [THINK]…[/THINK] where "
+        "both are special tokens. false: it is context only.",
     )
     allow_control_tokens: bool = Field(
         default=False,
         description="kind chat: encode the text of a control token in a message, such as <|im_end|>, as that token. false: as "
-        "plain text, which cannot end a turn. <think> and </think> are always tokens.",
+        "plain text, which cannot end a turn. <think> and </think> are always tokens. [THINK] and "
+        "[/THINK] are tokens in answers if the tokenizer has both as special tokens.",
     )
     validation_fraction: Fraction = Field(
         default=0.01,

@@ -14,6 +14,7 @@ from tests.support.corpora import conversation, dataset, make_shards, write_json
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.remedies_in_source import record_places, remedies_in_source
 
+THINK = ("<think>", "</think>")
 REASONING = "<think>First 40, then 2.</think>It is 42."
 
 
@@ -75,8 +76,8 @@ def test_an_earlier_turn_without_eos_is_refused():
 
 def test_reasoning_opened_by_the_template_is_removed_from_its_start():
     text = "Q<think>because</think>A<think>x</think>B"
-    assert without_reasoning(text, [(8, len(text))]) == [(23, 24), (40, 41)]
-    assert without_reasoning("plain", [(0, 5)]) == [(0, 5)]
+    assert without_reasoning(text, [(8, len(text))], THINK) == [(23, 24), (40, 41)]
+    assert without_reasoning("plain", [(0, 5)], THINK) == [(0, 5)]
 
 
 def test_the_r1_template_keeps_the_reasoning_and_marks_it():
@@ -89,8 +90,8 @@ def test_the_r1_template_keeps_the_reasoning_and_marks_it():
 
 
 def test_reasoning_without_an_end_is_removed_to_the_end_of_the_turn():
-    assert without_reasoning("Q yes<think>but then", [(2, 20)]) == [(2, 5)]
-    assert without_reasoning("<think>a</think>b<think>c", [(0, 25)]) == [(16, 17)]
+    assert without_reasoning("Q yes<think>but then", [(2, 20)], THINK) == [(2, 5)]
+    assert without_reasoning("<think>a</think>b<think>c", [(0, 25)], THINK) == [(16, 17)]
 
 
 def test_any_error_of_a_template_is_reported_with_the_location():

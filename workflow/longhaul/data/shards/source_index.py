@@ -18,7 +18,8 @@ from longhaul.data.readers.read_documents import Document, document_texts, read_
 from longhaul.data.shards.chunks import Chunk, SourceFile, divide_into_chunks
 from longhaul.data.shards.write_chunk import EncodingTask
 from longhaul.data.tokenizers.choose_encoder import EncoderChoice, choose_encoder
-from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder
+from longhaul.data.tokenizers.control_tokens import reasoning_marks
+from longhaul.data.tokenizers.reference_and_fast_encoder import FastEncoder, ReferenceEncoder, read_settings
 from longhaul.data.tokenizers.token_rows import TokenRows
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.tokenize_jobs import TokenizeSpec
@@ -107,8 +108,14 @@ class IndexedSources:
         dataset = self.job.dataset
         # Earlier releases had the answers of a prompt in the loss. Only shards of such datasets are made again.
         prompts = {"answers_of_prompts": "context"} if dataset.kind == "chat" and dataset.columns.prompt else {}
+        # Earlier releases encoded Mistral's [THINK] as plain text. Only shards of tokenizers that have it are made again.
+        marks = (
+            reasoning_marks(read_settings(Path(self.tokenizer.path)).control_tokens) if dataset.kind == "chat" else ()
+        )
+        reasoning = {"reasoning_marks": marks} if len(marks) > 1 else {}
         return {
             **prompts,
+            **reasoning,
             "version": _LAYOUT_VERSION,
             "kind": dataset.kind,
             "columns": dataset.columns.of_kind(dataset.kind),

@@ -20,14 +20,13 @@ from longhaul.compat.transformers_chat_templates import render_chat
 from longhaul.config.shipped_files import CHAT_TEMPLATES
 from longhaul.data.readers.conversations import Message, Tool
 from longhaul.data.readers.rows_and_file_ranges import BadData
-from longhaul.data.tokenizers.control_tokens import ControlTokens, contain_private_characters
+from longhaul.data.tokenizers.control_tokens import ControlTokens, Marks, contain_private_characters
 from longhaul.runtime.cpu_time_limit import cpu_time_limit
 from longhaul.runtime.memory_limit import memory_limit
 
 Span = tuple[int, int]
 """[start, end) in a text, in characters or in bytes of UTF-8."""
 
-_THINK, _THINK_END = "<think>", "</think>"
 _MARKER = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 RENDER_LIMIT_S = 10
 RENDER_MEMORY_BYTES = 10**9
@@ -97,7 +96,7 @@ class ChatTemplate:
         conversation = self._prepare(messages, tools, where)
         weights = [message.get("weight", 1) for message in messages]
         data = [tools, [_without_role(message) for message in conversation.messages]]
-        if not self.control_tokens.occur_in(data):
+        if not self._has_control_text(conversation):
             return self._render_turns(conversation, weights)
         if contain_private_characters(data):
             message = "text of control tokens together with private characters (U+100000 to U+10FFFD)"
@@ -108,10 +107,23 @@ class ChatTemplate:
             raise _refused(message, "remove that text, or set allow_control_tokens: true")
         return Rendered(self.control_tokens.exchange(rendered.text), rendered.turns, conversation, True)
 
+    def _has_control_text(self, conversation: Conversation) -> bool:
+        tokens = self.control_tokens
+        answers = [message["content"] for message in conversation.messages if message["role"] == "assistant"]
+        others = [_without_answer(message) for message in conversation.messages]
+        return tokens.occur_in([conversation.tools, others]) or any(map(tokens.occur_in_answer, answers))
+
     def _hide_control_text(self, conversation: Conversation) -> Conversation:
-        hide = self.control_tokens.hide
-        messages = [{"role": message["role"], **hide(_without_role(message))} for message in conversation.messages]
-        return conversation._replace(messages=messages, tools=hide(conversation.tools))
+        return conversation._replace(
+            messages=[self._with_hidden_text(message) for message in conversation.messages],
+            tools=self.control_tokens.hide(conversation.tools),
+        )
+
+    def _with_hidden_text(self, message: Message) -> Message:
+        hidden = {"role": message["role"], **self.control_tokens.hide(_without_role(message))}
+        if message["role"] == "assistant":
+            hidden["content"] = self.control_tokens.hide_in_answer(message["content"])
+        return hidden
 
     def _prepare(self, messages: list[Message], tools: list[Tool] | None, where: object) -> Conversation:
         """Return a conversation in the form that the template can read.
@@ -248,6 +260,12 @@ def _without_role(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "role"}
 
 
+def _without_answer(message: Message) -> Message:
+    """Return a message without its role, and without the content of an answer."""
+    is_answer = message["role"] == "assistant"
+    return {key: value for key, value in message.items() if key != "role" and not (is_answer and key == "content")}
+
+
 def _without_weight(message: Message) -> Message:
     return {key: value for key, value in message.items() if key != "weight"}
 
@@ -299,19 +317,22 @@ def _refused(message: str, hint: str) -> BadData:
     return BadData.with_reason("chat template", message, hint)
 
 
-def without_reasoning(text: str, spans: list[Span]) -> list[Span]:
+def without_reasoning(text: str, spans: list[Span], marks: Marks) -> list[Span]:
     """Return the spans without <think>…</think>, and without everything after a <think> that is not closed.
 
     A </think> without <think> removes the text from the start of its span, because the template may write <think>
     before the span.
+
+    marks: <think> and </think>, or what the text has in their place
     """
+    begin_mark, end_mark = marks
     kept: list[Span] = []
     for start, end in spans:
         position = start
-        while (close := text.find(_THINK_END, position, end)) >= 0:
-            opened = text.find(_THINK, position, close)
+        while (close := text.find(end_mark, position, end)) >= 0:
+            opened = text.find(begin_mark, position, close)
             kept.append((position, opened if opened >= 0 else position))
-            position = close + len(_THINK_END)
-        unclosed = text.find(_THINK, position, end)
+            position = close + len(end_mark)
+        unclosed = text.find(begin_mark, position, end)
         kept.append((position, unclosed if unclosed >= 0 else end))
     return [(start, end) for start, end in kept if start < end]

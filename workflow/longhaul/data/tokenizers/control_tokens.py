@@ -10,22 +10,32 @@ Nothing changes its length, so spans stay valid.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import cached_property
 from typing import Any
 
 _PLANE = 0x100000  # Unicode's second plane of private characters
 _PRIVATE = re.compile("[\U00100000-\U0010fffd]")
-REASONING_MARKERS = ("<think>", "</think>")
+Marks = tuple[str, str]
+"""The texts before and behind the reasoning of an answer."""
+_THINK: Marks = ("<think>", "</think>")
 """Always tokens: datasets write them into the assistant's messages."""
+_BRACKETS: Marks = ("[THINK]", "[/THINK]")
+"""Those of Mistral's reasoning models. They are control tokens, and in the content of an answer alone they stay tokens."""
+
+
+def reasoning_marks(control_tokens: Collection[str]) -> tuple[Marks, ...]:
+    """Return the marks of a tokenizer with these control tokens."""
+    return (_THINK, _BRACKETS) if set(_BRACKETS).issubset(control_tokens) else (_THINK,)
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer (TokenizerSettings), apart from the markers of reasoning."""
+    """The control tokens of a tokenizer (TokenizerSettings), apart from <think> and </think>."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        tokens = sorted({token for token in names if token and token not in REASONING_MARKERS})
+        tokens = sorted({token for token in names if token and token not in _THINK})
         self.placeholders = {token: chr(_PLANE + number) * len(token) for number, token in enumerate(tokens)}
+        self._tokens_of_answers = _BRACKETS if _BRACKETS in reasoning_marks(tokens) else ()
 
     @cached_property
     def _tokens(self) -> re.Pattern[str]:
@@ -45,6 +55,23 @@ class ControlTokens:
             return bool(self.placeholders) and self._tokens.search(value) is not None
         items = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
         return any(map(self.occur_in, items))
+
+    def occur_in_answer(self, content: str) -> bool:
+        """Return whether an answer contains the text of a control token that is no mark of its reasoning."""
+        return any(
+            self.occur_in(part) for part in self._parts_of_answer(content) if part not in self._tokens_of_answers
+        )
+
+    def hide_in_answer(self, content: str) -> str:
+        """Return an answer with private characters in place of control tokens, except the marks of its reasoning."""
+        parts = self._parts_of_answer(content)
+        return "".join(part if part in self._tokens_of_answers else self.hide(part) for part in parts)
+
+    def _parts_of_answer(self, content: str) -> list[str]:
+        """Return an answer in parts; each mark that is a token in answers alone is one of them."""
+        if not self._tokens_of_answers:
+            return [content]
+        return re.split(f"({_any_of(self._tokens_of_answers).pattern})", content)
 
     def hide(self, value: object) -> Any:
         """Return a value whose texts contain private characters in place of control tokens."""

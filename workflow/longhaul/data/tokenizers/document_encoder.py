@@ -19,7 +19,7 @@ from longhaul.data.readers.read_documents import Document, document_texts
 from longhaul.data.readers.rows_and_file_ranges import BadData
 from longhaul.data.shards.indexed_dataset import token_dtype
 from longhaul.data.tokenizers.chat_template import ChatTemplate, Rendered, Span, without_reasoning
-from longhaul.data.tokenizers.control_tokens import REASONING_MARKERS, ControlTokens
+from longhaul.data.tokenizers.control_tokens import ControlTokens, Marks, reasoning_marks
 from longhaul.data.tokenizers.message_keys import (
     MessageKeyCount,
     UnreadKeys,
@@ -105,7 +105,9 @@ class DocumentEncoder:
         self._max_bytes = _MAX_DOCUMENT_BYTES[encoder, dataset.kind]
         self._eos_id = manifest.eos_id
         self._dtype = np.dtype(token_dtype(manifest.vocab_size))
-        control_tokens = ControlTokens(() if dataset.allow_control_tokens else read_settings(folder).control_tokens)
+        names = read_settings(folder).control_tokens
+        control_tokens = ControlTokens(() if dataset.allow_control_tokens else names)
+        self._reasoning_marks = reasoning_marks(names)
         self._control_text_encoder = ControlTextEncoder(folder, control_tokens)
         self._template = ChatTemplate.load(folder, control_tokens) if dataset.kind == "chat" else None
         self._unread_keys = UnreadKeys(self._template) if self._template else None
@@ -216,10 +218,13 @@ class DocumentEncoder:
 
     def _spans_in_loss(self, template: ChatTemplate, rendered: Rendered, turn: list[Span]) -> list[Span]:
         """Return the spans of a turn that count in the loss; BadData if they hold nothing but EOS."""
-        spans = turn if self._reasoning_in_loss else without_reasoning(rendered.text, turn)
+        exchange = template.control_tokens.exchange if rendered.has_control_text else str
+        marks = [(exchange(begin), exchange(end)) for begin, end in self._reasoning_marks]
+        spans = turn
+        for pair in () if self._reasoning_in_loss else marks:
+            spans = without_reasoning(rendered.text, spans, pair)
         target = "".join(rendered.text[start:end] for start, end in spans)
-        eos = template.control_tokens.exchange(template.eos) if rendered.has_control_text else template.eos
-        if _is_only(target, eos):
+        if _is_only(target, exchange(template.eos), marks):
             message = f"{rendered.conversation.where}: an assistant turn has no text in the loss, only the EOS"
             hint = "remove the turn, or give it weight: 0; the model would learn to answer nothing"
             raise BadData.with_reason("empty assistant turn", message, hint)
@@ -305,10 +310,10 @@ def document_key(document: Document) -> int:
     return xxhash.xxh3_64_intdigest(text.encode())
 
 
-def _is_only(target: str, eos: str) -> bool:
-    """Return whether a target is EOS without any text; markers of reasoning and spaces are no text."""
+def _is_only(target: str, eos: str, reasoning: Sequence[Marks]) -> bool:
+    """Return whether a target is EOS without any text; marks of reasoning and spaces are no text."""
     rest = target
-    for mark in (eos, *REASONING_MARKERS):
+    for mark in (eos, *chain.from_iterable(reasoning)):
         rest = rest.replace(mark, "")
     return eos in target and not rest.strip()
 
