@@ -27,7 +27,8 @@ from longhaul.serving.engine_version import engine_version
 from longhaul.serving.link_server_nodes import NodeLink, node_link
 
 _BOOTSTRAP_SAMPLES = 1000
-"""For metrics that have no formula of the standard error, such as chrF."""
+"""For metrics without a formula of the standard error, such as F1, for which lm_eval's 100,000 take too long.
+For BLEU, chrF and TER, lm_eval takes at most 100 of whatever it is given: their standard errors are its own."""
 
 
 def run(job: EvaluateSpec) -> None:
