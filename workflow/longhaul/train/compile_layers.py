@@ -68,7 +68,7 @@ class _Fallback:
         print(f"{_NOT_COMPILED}: torch cannot capture {name}: {reason}", flush=True)
 
 
-def _compile_part(backend: str, eager: Callable[..., object], dynamic: bool) -> Callable[..., object]:
+def compile_part(backend: str, eager: Callable[..., object], dynamic: bool | None) -> Callable[..., object]:
     """Compile a part of a layer where gradients are needed. What cannot be captured of it runs without torch.compile."""
     compiled = torch.compile(eager, backend=backend, dynamic=dynamic)
 
@@ -87,7 +87,7 @@ class CompiledForward:
         breaking = [module for module in layer.modules() if getattr(module, "breaks_graph", False)]
         for module in breaking:
             module.forward = torch.compiler.disable(module.forward)
-            module.compile_parts(partial(_compile_part, backend))
+            module.compile_parts(partial(compile_part, backend))
         self._checkpoint = take_over_activation_checkpointing(layer) if breaking else None
         layer.is_checkpointed_outside_of_graphs = self._checkpoint is not None
         self._compiled: Callable[..., object] = torch.compile(

@@ -1,0 +1,74 @@
+"""Rows of tokens, sorted by what they chose, and their sums: values and gradients, also of choices without a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longhaul.train.parallel.rows_of_tokens import (
+    Places,
+    count_choices,
+    read_rows,
+    sort_by_choice,
+    sum_rows,
+    sum_weighted_rows,
+)
+
+CHOSEN = torch.tensor([[2, 0, 1], [0, 3, 3], [1, 3, 0]])
+"""Of 0, 1 and 2. The number 3 is no choice."""
+ROWS = 6
+
+
+def places() -> Places:
+    order, place = sort_by_choice(CHOSEN, 3)
+    return Places(order[:ROWS], place)
+
+
+def test_rows_are_sorted_by_choice_then_by_token():
+    order, place = places()
+    assert order.tolist() == [1, 3, 8, 2, 6, 0]
+    assert place.tolist() == [[5, 0, 3], [1, -1, -1], [4, -1, 2]]
+    assert count_choices(CHOSEN, 3).tolist() == [3, 2, 1]
+
+
+@pytest.mark.parametrize("choices", [3, 255, 256, 70_000])
+def test_any_number_of_choices_is_sorted(choices: int):
+    chosen = torch.tensor([[choices - 1, 0], [choices, 1]])
+    order, place = sort_by_choice(chosen, choices)
+    assert order.tolist() == [1, 3, 0, 2] and place.tolist() == [[2, 0], [-1, 1]]
+
+
+def test_values_are_those_of_a_loop():
+    tokens, weights = torch.randn(3, 4), torch.rand(3, 3)
+    rows = read_rows(tokens, places())
+    assert torch.equal(rows, tokens[torch.tensor([0, 1, 2, 0, 2, 0])])
+    used = (CHOSEN < 3)[..., None]
+    torch.testing.assert_close(sum_rows(rows, places()), (tokens[:, None] * used).sum(1))
+    torch.testing.assert_close(
+        sum_weighted_rows(rows, weights, places()), (tokens[:, None] * used * weights[..., None]).sum(1)
+    )
+
+
+def test_gradients_are_those_of_the_values():
+    tokens, rows = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (3, ROWS))
+    weights = torch.rand(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda tokens: read_rows(tokens, places()), tokens)
+    assert torch.autograd.gradcheck(lambda rows: sum_rows(rows, places()), rows)
+    assert torch.autograd.gradcheck(lambda rows, weights: sum_weighted_rows(rows, weights, places()), (rows, weights))
+
+
+def test_undefined_rows_behind_the_used_ones_change_nothing():
+    """Rows for ranks fill up to a number that is known in advance; their last ones never arrive."""
+    whole = sort_by_choice(CHOSEN, 3)
+    rows = torch.randn(9, 4)
+    rows[ROWS:] = torch.nan
+    assert torch.equal(sum_rows(rows, whole), sum_rows(rows[:ROWS], places()))
+    tokens = torch.randn(3, 4, requires_grad=True)
+    read_rows(tokens, whole).backward(rows)
+    assert tokens.grad is not None and tokens.grad.isfinite().all()
+
+
+def test_sums_of_bf16_are_rounded_once():
+    """256 and 1, added in bf16, are 256."""
+    rows, chosen = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16(), torch.tensor([[0, 1, 2]])
+    assert sum_rows(rows, sort_by_choice(chosen, 3)).item() == 258
