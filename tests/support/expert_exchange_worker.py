@@ -1,6 +1,7 @@
 """Computes experts that ranks divide, and compares them with the undivided module: outputs, gradients, rows that are sent.
 
-It prints one line for each case: "EXPERTS <case>, <kind>: <largest difference> <rows sent by each rank>".
+It prints one line for each case: "EXPERTS <case>, <kind>: <largest difference> <rows sent by each rank>". A mixture with shared
+experts prints "ORDER <forward or backward>: <events>" and "SHARED <largest difference of a gradient>".
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,12 +21,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.compat.deepspeed_ops import disable_shm_comm
+from longhaul.compat.transformers import take_over_shared_experts
 from longhaul.config.stage_config import Parallel
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.compile_layers import compile_part
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
 from longhaul.train.parallel.expert_parallel import ExpertParallel
 from longhaul.train.parallel.parallel_dims import build_parallel_dims
+from longhaul.train.parallel.row_exchange import _RowsUnderWay
 
 EXPERTS, HIDDEN, TOKENS = 8, 24, 12
 
@@ -75,11 +79,11 @@ def build_mixture(kind: str) -> Any:
     return model.model.layers[0].mlp
 
 
-def divide(experts: Any, is_captured: bool) -> ExpertParallel:
+def divide(experts: Any, is_captured: bool, shared: torch.nn.Module | None = None) -> ExpertParallel:
     """Return this rank's experts, with the values of the undivided ones."""
     ranks = dist.get_world_size()
     dims = build_parallel_dims(Parallel(expert=ranks), dist.get_rank(), ranks)
-    divided = ExpertParallel(deepcopy(experts), dims)
+    divided = ExpertParallel(deepcopy(experts), dims, shared)
     own = slice(divided.first_expert, divided.first_expert + divided.local_experts)
     with torch.no_grad():
         for name, parameter in divided.local.named_parameters():
@@ -155,6 +159,45 @@ def compare(routing: Routing, is_captured: bool, is_recomputed: bool) -> tuple[f
     return difference.item(), gathered
 
 
+def compute_shared_experts() -> tuple[float, dict[str, list[str]]]:
+    """Return the largest relative difference of a mixture with shared experts, and the order of what its passes compute."""
+    expected, found = build_mixture("deepseek_v3"), build_mixture("deepseek_v3")
+    found.experts = divide(found.experts, False, take_over_shared_experts(found))
+    events: list[str] = []
+    order: dict[str, list[str]] = {}
+    found.shared_experts.register_forward_hook(lambda *_: events.append("shared"))
+    found.shared_experts.register_full_backward_hook(lambda *_: events.append("shared"))
+    results = []
+    for mixture in (expected, found):
+        hidden = torch.randn(2, 6, HIDDEN, generator=torch.Generator().manual_seed(dist.get_rank())).requires_grad_()
+        with (
+            patch.object(_RowsUnderWay, "start", logged("start", events)),
+            patch.object(_RowsUnderWay, "wait", logged("wait", events)),
+        ):
+            output = mixture(hidden)
+            order["forward"] = events.copy()
+            events.clear()
+            output.square().sum().backward()
+            order["backward"] = events.copy()
+            events.clear()
+        results.append(
+            [output, hidden.grad, mixture.gate.weight.grad, *(p.grad for p in mixture.shared_experts.parameters())]
+        )
+    differences = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results, strict=True)]
+    return max(differences), order
+
+
+def logged(event: str, events: list[str]) -> Callable[..., torch.Tensor]:
+    """Return the method of _RowsUnderWay that also adds the event."""
+    method = getattr(_RowsUnderWay, event)
+
+    def call(*arguments: Any) -> torch.Tensor:
+        events.append(event)
+        return method(*arguments)
+
+    return call
+
+
 def main() -> None:
     disable_shm_comm()
     dist.init_process_group("gloo")
@@ -163,6 +206,13 @@ def main() -> None:
             difference, rows = compare(routing, *flags)
             if dist.get_rank() == 0:
                 print(f"EXPERTS {name}, {kind}: {difference:.1e} {rows}", flush=True)
+    difference, order = compute_shared_experts()
+    if dist.get_rank() == 0:
+        print(
+            f"SHARED {difference:.1e}",
+            *(f"ORDER {name}: {' '.join(events)}" for name, events in order.items()),
+            sep="\n",
+        )
     dist.barrier()
     sys.stdout.flush()
     exit_without_cleanup()

@@ -17,6 +17,7 @@ from longhaul.compat.transformers import (
     repeat_shared_heads_in_fp32,
     set_activation_checkpointing,
     take_over_activation_checkpointing,
+    take_over_shared_experts,
     without_tied_weights,
 )
 
@@ -81,6 +82,25 @@ def test_the_parts_of_grouped_experts_have_no_public_names():
 
     assert hasattr(moe, "_grouped_linear") and not hasattr(moe, "grouped_linear")
     assert "experts_class._apply_gate = " in inspect.getsource(moe.use_experts_implementation)
+
+
+def test_shared_experts_are_computed_after_the_routed_ones():
+    """What take_over_shared_experts replaces: both classes compute the same."""
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    for mixture in (DeepseekV2Moe, DeepseekV3MoE):
+        lines = [line.strip() for line in inspect.getsource(mixture.forward).splitlines()[1:]]
+        assert lines == [
+            "residuals = hidden_states",
+            "orig_shape = hidden_states.shape",
+            "_, topk_weights, topk_indices = self.gate(hidden_states)",
+            "hidden_states = hidden_states.view(-1, hidden_states.shape[-1])",
+            "hidden_states = self.experts(hidden_states, topk_indices, topk_weights).view(*orig_shape)",
+            "hidden_states = hidden_states + self.shared_experts(residuals)",
+            "return hidden_states",
+        ]
+    assert take_over_shared_experts(torch.nn.Module()) is None
 
 
 def test_a_layer_calls_its_checkpoint_itself() -> None:

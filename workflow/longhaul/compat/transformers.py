@@ -1,5 +1,5 @@
-"""Private parts of transformers: fp32 tensors, tied weights, hub names, activation checkpointing, shared heads in SDPA. Written
-for transformers 5.23.
+"""Private parts of transformers: fp32 tensors, tied weights, hub names, activation checkpointing, experts, shared heads in SDPA.
+Written for transformers 5.23.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -116,6 +117,29 @@ def grouped_linear(rows: torch.Tensor, weights: torch.Tensor, ends: torch.Tensor
 def apply_gate(experts: Any, gate_and_up: torch.Tensor) -> torch.Tensor:
     """Return the gated activation of experts: [S, 2 · inner] -> [S, inner]. `grouped_linear` has no public form, nor has this."""
     return experts._apply_gate(gate_and_up)
+
+
+def take_over_shared_experts(mixture: Any) -> torch.nn.Module | None:
+    """Make the forward pass of a mixture leave out its shared experts, and return them: the routed experts must add them.
+
+    Written for transformers 5.9 to 5.23, which computes the shared experts after the routed ones. With expert parallelism, they
+    can be computed while tokens are exchanged.
+
+    Returns:
+        None, without any change, if the mixture is not that of DeepSeek V2 or V3.
+    """
+    from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
+
+    if not isinstance(mixture, DeepseekV2Moe | DeepseekV3MoE):
+        return None
+    mixture.forward = MethodType(_forward_without_shared_experts, mixture)
+    return mixture.shared_experts
+
+
+def _forward_without_shared_experts(mixture: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    _, weights, index = mixture.gate(hidden_states)
+    return mixture.experts(hidden_states.flatten(0, -2), index, weights).view_as(hidden_states)
 
 
 def repeat_shared_heads_in_fp32() -> None:

@@ -64,6 +64,17 @@ def test_a_token_is_sent_once_to_each_rank_with_experts_of_it(name: str, ranks: 
             assert there == TOKENS * ranks < TOKENS * EXPERTS
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_shared_experts_are_computed_while_rows_are_under_way(ranks: int):
+    output = output_of(ranks)
+    order = dict(re.findall(r"^ORDER (.*): (.*)$", output, re.MULTILINE))
+    # Choices and rows, shared experts, their arrival; sums. Backwards: sums; rows and choices, shared experts, their arrival.
+    assert order["forward"] == "start start shared wait wait start wait"
+    assert order["backward"] == "start wait start start shared wait wait"
+    (difference,) = re.findall(r"^SHARED (.*)$", output, re.MULTILINE)
+    assert float(difference) <= 2e-6
+
+
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)

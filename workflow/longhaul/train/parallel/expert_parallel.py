@@ -3,6 +3,7 @@
 transformers' router chooses the experts and its experts module computes them; this module only exchanges the tokens. A token
 goes once to each rank that holds experts of it, with its choices (numbers and weights of its experts). That rank computes its
 experts of the token, and sends back their weighted sum. So a token is summed twice: over the experts of a rank, over ranks.
+Shared experts, which every token uses, are computed while the tokens are under way.
 
 T tokens of this rank, K experts for each token, M = min(K, ranks); B = T · M rows, sorted by rank, of which the first ones are
 sent and the others only fill up; R rows that ranks sent to this one; P pairs of such a row and an expert of this rank, sorted by
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from longhaul.compat.deepspeed import deepspeed_moe_class, register_expert_groups
+from longhaul.compat.transformers import take_over_shared_experts
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.row_exchange import RowExchange
 from longhaul.train.parallel.rows_of_tokens import (
@@ -41,7 +43,7 @@ def apply_expert_parallel(model: Any, dims: ParallelDims, is_zero3: bool = False
     kind: Any = ExpertParallel if is_zero3 else deepspeed_moe_class(ExpertParallel)
     for layer in decoder_layers(model):
         if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts = kind(layer.mlp.experts, dims)
+            layer.mlp.experts = kind(layer.mlp.experts, dims, take_over_shared_experts(layer.mlp))
 
 
 def _group_name(dims: ParallelDims) -> str:
@@ -49,14 +51,17 @@ def _group_name(dims: ParallelDims) -> str:
 
 
 class ExpertParallel(torch.nn.Module):
-    """Replaces transformers' experts module of E experts; it holds E / ranks of them."""
+    """Replaces transformers' experts module of E experts; it holds E / ranks of them.
+
+    shared: the shared experts, whose output is added
+    """
 
     breaks_graph = True
     """torch.compile cannot capture it: the sizes of the exchange are known only when the ranks have counted their rows."""
     can_compile_experts = False
     """Whether torch.compile can capture the forward pass of the experts themselves (experts_on_gpus.py)."""
 
-    def __init__(self, experts: Any, dims: ParallelDims) -> None:
+    def __init__(self, experts: Any, dims: ParallelDims, shared: torch.nn.Module | None = None) -> None:
         torch.nn.Module.__init__(self)  # not super(): DeepSpeed's MoE would build experts of its own
         self.local, self.group, self.ranks = experts, dims.group("expert"), dims.parallel.expert
         self.num_experts, self.expert_group_name = experts.num_experts, _group_name(dims)
@@ -68,6 +73,8 @@ class ExpertParallel(torch.nn.Module):
             # DeepSpeed's marks of expert parameters.
             parameter.allreduce, parameter.group_name = False, self.expert_group_name
         experts.num_experts = self.local_experts
+        # In a tuple, which hides it from torch: its weights are those of the mixture, not of this module.
+        self.shared = () if shared is None else (shared,)
         self.parts = Parts()
 
     def forward(
@@ -81,9 +88,10 @@ class ExpertParallel(torch.nn.Module):
         sent, received, pairs = counts.wait()
         choices = RowExchange(choices_BC, sent, received, self.group)  # first, as the rows are sorted meanwhile
         rows = RowExchange(rows_BH, sent, received, self.group)
+        of_shared = [shared(hidden_states) for shared in self.shared]  # while the rows are under way
         sums_RH = self._compute(rows, choices, pairs)
         sums_BH = RowExchange(sums_RH, received, sent, self.group, room=len(rows_BH)).wait()
-        return self.parts.sum_over_ranks(sums_BH, places)
+        return self.parts.sum_over_ranks(sums_BH, places, *of_shared)
 
     def compile_parts(self, compile_part: Callable[..., Any]) -> None:
         """Let `compile_part` compile what is computed between the exchanges.
@@ -97,8 +105,10 @@ class ExpertParallel(torch.nn.Module):
             compile_part(_sort_by_expert, dynamic=None),
             compile_part(_read_for_experts, dynamic=None),
             compile_part(_sum_over_experts, dynamic=None),
-            compile_part(sum_rows, dynamic=False),
+            compile_part(_sum_over_ranks, dynamic=False),
         )
+        for shared in self.shared:
+            shared.forward = compile_part(shared.forward, dynamic=False)
         if self.can_compile_experts:
             self.local.forward = compile_part(self.local.forward, dynamic=True)
 
@@ -213,6 +223,11 @@ def _sum_over_experts(outputs_PH: torch.Tensor, pairs: PairsOfRows) -> torch.Ten
     return sums_RH.index_put((row_P,), weighted_PH, accumulate=True).to(outputs_PH.dtype)
 
 
+def _sum_over_ranks(sums_BH: torch.Tensor, places: Places, *of_shared: torch.Tensor) -> torch.Tensor:
+    """Return the sum of each token's rows, and of what shared experts computed [T, H]."""
+    return sum(of_shared, start=sum_rows(sums_BH, places))
+
+
 class Parts(NamedTuple):
     """What is computed before, between and after the exchanges."""
 
@@ -221,4 +236,4 @@ class Parts(NamedTuple):
     sort_by_expert: Callable[..., PairsOfRows] = _sort_by_expert
     read_for_experts: Callable[..., torch.Tensor] = _read_for_experts
     sum_over_experts: Callable[..., torch.Tensor] = _sum_over_experts
-    sum_over_ranks: Callable[..., torch.Tensor] = sum_rows
+    sum_over_ranks: Callable[..., torch.Tensor] = _sum_over_ranks
