@@ -106,7 +106,7 @@ def test_reports_of_all_ranks_are_listed_once(tmp_path: Path, monkeypatch: pytes
     JobFolder(tmp_path).rank_failures.mkdir(parents=True)
     for rank in range(8):
         Failure(TRANSIENT, "connection closed", "", [], "n1", rank).write(JobFolder(tmp_path).rank_failure(rank))
-    listed: list[Path] = []
-    monkeypatch.setattr(Path, "iterdir", lambda folder: listed.append(folder) or iter(map(Path, os.listdir(folder))))
+    listed, list_folder = list[Path](), Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: listed.append(folder) or list_folder(folder))
     assert [failure.rank for failure in rank_failures(tmp_path)] == list(range(8))
     assert listed == [JobFolder(tmp_path).rank_failures]

@@ -74,11 +74,16 @@ def test_layers_are_not_compiled_on_cpus():
     assert activation_bytes(tiny_stage(), tiny_size(), on_gpus=False) == (2 * LAYER, 0)
 
 
-def test_several_graphs_of_expert_parallelism_save_what_a_layer_without_compiler_saves():
-    sizes, experts = model_size(TINY_QWEN3_MOE), Parallel(expert=2)
-    divided, plain = (activation_bytes(tiny_stage(parallel=experts, **changes), sizes) for changes in ({}, OFF))
-    assert divided == plain
-    assert activation_bytes(tiny_stage(), sizes) < plain
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 4), (4, 4)])
+@pytest.mark.parametrize("changes", [{}, OFF, {"activation_checkpointing": "full"}])
+def test_expert_parallelism_adds_the_rows_of_an_exchange(changes: dict[str, Any], ranks: int, rows: int):
+    """A token uses two experts, so it goes to two ranks at most: two rows there, two back."""
+    sizes = model_size(TINY_QWEN3_MOE)
+    divided, whole = (
+        activation_bytes(tiny_stage(parallel=parallel, **changes), sizes)
+        for parallel in (Parallel(expert=ranks), Parallel())
+    )
+    assert divided == (whole[0] + rows * INPUT, 0)
 
 
 PACKS: dict[str, Any] = {"kind": "sft", "sequence_length": 128}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from longhaul.config.model_size import model_size
+from longhaul.config.stage_config import Parallel
 from longhaul.planning.activation_memory import activation_bytes
 from longhaul.train.compile_layers import compile_layers
+from longhaul.train.experts_on_gpus import use_experts_for_gpus
+from longhaul.train.parallel.expert_parallel import apply_expert_parallel
+from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.support.tiny_sizes import tiny_stage
 
 pytestmark = pytest.mark.usefixtures("dynamo")
@@ -27,6 +34,24 @@ KEYS: dict[str, Any] = {
     "head_dim": 16,
     "max_position_embeddings": TOKENS,
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 64},
+    "deepseek_v3": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 0,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_key_value_heads": 8,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+    },
+}
 PARTITIONED = "aot_eager_decomp_partition"
 """The backend that divides forward and backward pass as inductor does, and compiles nothing."""
 
@@ -41,10 +66,33 @@ def test_planned_activations_are_within_3_percent_of_what_a_layer_saves(kind: st
     assert planned == pytest.approx(saved_bytes(kind, compiled), rel=0.03)
 
 
-def saved_bytes(kind: str, compiled: bool) -> int:
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_expert_parallelism_saves_what_undivided_experts_save(kind: str, compiled: bool, one_rank: None):
+    """One rank exchanges rows with itself, so it receives as many as each of several ranks does with even choices.
+
+    More than the 4 experts of a token are 4 places of its rows, in int64 and in both directions, and 4 weights.
+    """
+    undivided = saved_bytes(kind, compiled, is_divided=False)
+    divided = saved_bytes(kind, compiled, is_divided=True)
+    assert -16 * TOKENS <= divided - undivided <= 4 * (3 * 8 + 4) * TOKENS
+
+
+def saved_bytes(kind: str, compiled: bool, is_divided: bool = False) -> int:
     """Return the bytes that one layer saves for its backward pass, without weights and rotary embeddings."""
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KEYS), dtype=torch.bfloat16)
+    config = AutoConfig.for_model(kind, **{**KEYS, **MIXTURES.get(kind, {})})
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if is_divided:
+        apply_expert_parallel(model, ParallelDims(0, 1, Parallel()))
     if compiled:
+        use_experts_for_gpus(model)
         compile_layers(model.train(), PARTITIONED)
     positions = torch.arange(TOKENS)[None]
     hidden = torch.randn(1, TOKENS, KEYS["hidden_size"], dtype=torch.bfloat16, requires_grad=True)

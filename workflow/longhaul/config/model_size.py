@@ -27,6 +27,7 @@ class ModelSize:
     From the config:
         vocab_size, hidden_size, layers, positions, query_heads, attention_dropout
         is_sparse:  for each layer, whether it is sparse
+        experts_per_token: routed experts that a token uses in a sparse layer; 0 without such a layer
         head_width: elements of a query and a key of one head
     Elements per token and layer (longhaul.config.activation_counts):
         attention_width:     heads x (key width + value width)
@@ -56,6 +57,7 @@ class ModelSize:
     query_heads: int
     attention_dropout: float
     is_sparse: tuple[bool, ...]
+    experts_per_token: int
     head_width: int
     attention_width: int
     saved_activations: int
@@ -110,6 +112,7 @@ def model_size(c: HuggingFaceConfig) -> ModelSize:
         query_heads=c["num_attention_heads"],
         attention_dropout=c.get("attention_dropout") or 0.0,
         is_sparse=sparse,
+        experts_per_token=c["num_experts_per_tok"] if any(sparse) else 0,
         head_width=activation_counts.head_width(c),
         attention_width=activation_counts.attention_width(c),
         saved_activations=activation_counts.saved_activations(c, sparse),

@@ -21,17 +21,18 @@ def activation_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> tu
     layers = sizes.layers if parallel.pipeline == 1 else -(-sizes.layers // parallel.pipeline) * parallel.pipeline
     whole_layer = tokens * _saved_bytes_per_token(stage, sizes, on_gpus)
     layer_input = sizes.hidden_size * tokens * width
+    under_way = _rows_under_way(stage, sizes) * layer_input
     if stage.activation_checkpointing == "none":
-        return layers * whole_layer, 0
+        return layers * whole_layer + under_way, 0
     if stage.activation_checkpointing == "offload":
         # Two inputs are on the GPU: that of the layer being recomputed, and the next one, which is copied back meanwhile.
-        return 2 * layer_input + whole_layer, layers * layer_input
+        return 2 * layer_input + whole_layer + under_way, layers * layer_input
     # The two results that are added to the residual stream. A compiled layer needs the second one only in the forward pass.
-    added_results = 1 if _is_one_graph(stage, sizes, on_gpus) else 2
+    added_results = 1 if _is_compiled(stage, sizes, on_gpus) else 2
     elements = sizes.matmul_results // parallel.tensor + sizes.unsplit_matmul_results
     matmul_results = added_results * layer_input + elements * tokens * width
     kept = layer_input + (matmul_results if stage.activation_checkpointing == "selective" else 0)
-    return layers * kept + whole_layer, 0
+    return layers * kept + whole_layer + under_way, 0
 
 
 def _saved_bytes_per_token(stage: Stage, sizes: ModelSize, on_gpus: bool) -> int:
@@ -42,15 +43,24 @@ def _saved_bytes_per_token(stage: Stage, sizes: ModelSize, on_gpus: bool) -> int
     """
     width = COMPUTE_BYTES[stage.precision]
     split = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage, sizes, on_gpus) else 0)
-    recomputed, norm_copies = (sizes.mlp_width, 0) if _is_one_graph(stage, sizes, on_gpus) else (0, 4)
+    recomputed, norm_copies = (sizes.mlp_width, 0) if _is_compiled(stage, sizes, on_gpus) else (0, 4)
     elements = (split - recomputed) // stage.parallel.tensor + sizes.unsplit_activations
     return elements * width + sizes.normed_elements * (norm_copies + width)
 
 
-def _is_one_graph(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
-    """Return whether a layer is compiled as a whole. With expert parallelism it is several graphs, which save more."""
-    has_experts = any(sizes.is_sparse)
-    return on_gpus and stage.compiles_layers_on_gpus(has_experts) and not (has_experts and stage.parallel.expert > 1)
+def _is_compiled(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
+    """Return whether layers are compiled. With expert parallelism one is several graphs, which save as much (a test compares)."""
+    return on_gpus and stage.compiles_layers_on_gpus(has_experts=any(sizes.is_sparse))
+
+
+def _rows_under_way(stage: Stage, sizes: ModelSize) -> int:
+    """Return the rows for each token that an exchange of expert parallelism sends and receives, if experts are chosen evenly.
+
+    A token goes once to each rank with experts of it. The rows exist during the exchange; what is saved for each selected expert
+    is that of a layer whose experts are not divided.
+    """
+    experts, ranks = sizes.experts_per_token, stage.parallel.expert
+    return 2 * min(experts, ranks) if ranks > 1 else 0
 
 
 def _repeats_key_values(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
