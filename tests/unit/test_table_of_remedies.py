@@ -660,6 +660,7 @@ NOT_FOLLOWED = {
     "{}; the full report is {}": "nodes that must be repaired or excluded; the remedy names what is wrong",
     "read in the job's log why they did not start": "another node that does not start: the log of its job tells the cause",
     "check that rank 0's node is up, and that no firewall": "another node, or a firewall between two",
+    "checks/collective_benchmarks.py: {}": "a broken GPU or node: the log of its rank tells which",
     "ask the administrators to test": "nodes that administrators repair",
     "checks/node_connections.py: read in the job's log": "another node that ends: the log of its job tells the cause",
     "start from a stage that trained the same model": "another training",
