@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import re
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,9 +18,13 @@ from typing import Any
 
 import psutil
 import pytest
+from pydantic import TypeAdapter
 
+from longhaul.checks import watched_parts
 from longhaul.checks.watched_parts import HungStep, Part, Step, Subject, announce, run_parts
 from longhaul.errors import BadNodesError
+from longhaul.runtime.failure_reports import classify_error
+from longhaul.runtime.process_rank import Rank
 
 DISK, GPUS = Subject("disk", 1.0, "look at the mount"), Subject("GPUs", 1.0, "replace the GPU")
 
@@ -106,7 +114,8 @@ def test_step_that_ends_its_process_is_named():
 
     results, hung = run_parts([part("load", crash, GPUS), part("disk", lambda _: 1)])
     assert results == {"disk": 1}
-    assert hung == [HungStep(Step("matrices", GPUS, (3,)), "its process ended by SIGKILL")]
+    reason = "its process ended by SIGKILL, which Linux sends where memory runs out"
+    assert hung == [HungStep(Step("matrices", GPUS, (3,)), reason)]
 
 
 def test_error_of_a_part_is_raised_as_it_is():
@@ -120,3 +129,76 @@ def test_error_of_a_part_is_raised_as_it_is():
 
 def test_nothing_is_announced_where_nobody_watches():
     announce("a step", [1])
+
+
+def raise_unknown_class() -> None:
+    class Unknown(Exception):
+        pass
+
+    raise Unknown("its class cannot be found by pickle")
+
+
+def raise_end_of_file() -> None:
+    raise EOFError("short file")
+
+
+def raise_with_lock() -> None:
+    error = ValueError("it holds what pickle refuses")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
+ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "path of a file": (Path("/no/file").read_bytes, FileNotFoundError, "No such file or directory: '/no/file'"),
+    "end of a file, not of the pipe": (raise_end_of_file, EOFError, "short file"),
+    "text that __init__ makes": (b"\xff".decode, RuntimeError, "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff"),
+    "class of a function": (raise_unknown_class, RuntimeError, "Unknown: its class cannot be found by pickle"),
+    "lock": (raise_with_lock, RuntimeError, "ValueError: it holds what pickle refuses"),
+    "class without __new__": (lambda: TypeAdapter(int).validate_python("x"), RuntimeError, "ValidationError: 1 validation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("fail", "kind", "text"), ERRORS.values(), ids=ERRORS)
+def test_error_that_cannot_be_copied_is_no_hung_step(fail: Callable[[], object], kind: type[Exception], text: str):
+    with pytest.raises(kind, match=re.escape(text)) as raised:
+        run_parts([part("part", lambda _: fail())])
+    assert type(raised.value) is kind
+
+
+def test_disk_that_is_full_is_named_with_its_folder(tmp_path: Path):
+    def fail(_: dict[str, Any]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "file"))
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        run_parts([part("part", fail)])
+    assert classify_error(raised.value, Rank(0, 1, 0, 1, "n1")).needed_in == str(tmp_path)
+
+
+def test_part_that_calls_exit_is_named_with_a_traceback(capfd: pytest.CaptureFixture[str]):
+    results, hung = run_parts([part("part", lambda _: sys.exit(0)), part("more", lambda _: 1, GPUS)])
+    assert results == {"more": 1} and [one.reason for one in hung] == ["its process ended by exit code 1"]
+    assert "SystemExit: 0" in capfd.readouterr().err
+
+
+def test_parts_end_when_their_process_has_released_what_it_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The next step of the job opens the same GPUs. Here the end of the process touches a file."""
+
+    def end_slowly() -> None:
+        time.sleep(1.5)
+        (tmp_path / "released").touch()
+        os._exit(0)
+
+    monkeypatch.setattr(watched_parts, "exit_without_cleanup", end_slowly)
+    run_parts([part("part", lambda _: 1)])
+    assert (tmp_path / "released").exists()
+
+
+def test_message_that_the_kill_cuts_off_is_no_error():
+    def die_in_the_middle(_: dict[str, Any]) -> None:
+        pipe = watched_parts._Announcer.pipe
+        assert pipe
+        os.write(pipe.fileno(), (1000).to_bytes(4, "big") + b"half of a message")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    _, hung = run_parts([part("part", die_in_the_middle)])
+    assert "SIGKILL" in hung[0].reason

@@ -22,12 +22,14 @@ from typing import Any, NoReturn
 
 import psutil
 
-from longhaul.errors import UserError
+from longhaul.errors import UserError, first_line
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.runtime.process_tree import signal_at_end_of_parent
 
 _REAPED_S, _POLL_INTERVAL_S = 1.0, 0.01
 """A killed process that has not ended after this time is left behind."""
+_RELEASED_S = 30.0
+"""A process that ends by itself may need so long to release its GPUs, which the job's next step opens."""
 
 
 @dataclass(frozen=True)
@@ -126,26 +128,37 @@ def _run_in_child(parts: Sequence[Part], results: dict[str, Any]) -> tuple[int, 
         reader.close()
         _serve(parts, results, writer, parent)
     writer.close()
-    step, since_s, ended = parts[0].first_step, time.monotonic(), 0
+    step, since_s, ended, is_over = parts[0].first_step, time.monotonic(), 0, False
     try:
         while ended < len(parts):
             if not reader.poll(max(0.0, since_s + step.subject.limit_s - time.monotonic())):
                 waited_s = time.monotonic() - since_s
                 reason = f"no end after {waited_s:.3g} s, the limit is {step.subject.limit_s:g} s"
                 return ended, HungStep(step, reason)
-            message = reader.recv()
+            message = _received(reader)
+            if message is None:
+                return ended, HungStep(step, f"its process ended by {_end_of(child)}")
             if isinstance(message, _Error):
+                is_over = True
                 raise message.rebuilt()
             if isinstance(message, _Result):
                 results[parts[ended].name] = message.value
                 ended += 1
+                is_over = ended == len(parts)
             step, since_s = message if isinstance(message, Step) else step, time.monotonic()
-    except EOFError:
-        return ended, HungStep(step, f"its process ended by {_end_of(child)}")
     finally:
         reader.close()
+        if is_over:
+            _reaped(child, _RELEASED_S)
         _end(child)
     return ended, None
+
+
+def _received(reader: Connection) -> Step | _Result | _Error | None:
+    """Return the child's next message; None where it has ended."""
+    with suppress(EOFError, OSError):  # OSError: it was killed in the middle of a message
+        return reader.recv()
+    return None
 
 
 def _serve(parts: Sequence[Part], results: dict[str, Any], pipe: Connection, parent: int) -> NoReturn:
@@ -165,9 +178,23 @@ def _serve(parts: Sequence[Part], results: dict[str, Any], pipe: Connection, par
         if not isinstance(error, UserError):
             traceback.print_exc()  # it does not cross the pipe
         _flush()
-        pipe.send(_Error(type(error), error.args, error.__dict__))
+        _send_error(error, pipe)
+    except BaseException:  # sys.exit in a library, or Ctrl-C
+        traceback.print_exc()
+        exit_without_cleanup(1)
     finally:
         exit_without_cleanup()
+
+
+def _send_error(error: Exception, pipe: Connection) -> None:
+    """Send an error, or its text where its class or what it holds cannot be copied."""
+    with suppress(Exception):
+        arguments: Any = error.__reduce__()[1]  # of an OSError, error.args lack the path
+        copy = _Error(type(error), arguments, error.__dict__)
+        if str(copy.rebuilt()) == str(error):
+            pipe.send(copy)
+            return
+    pipe.send(_Error(RuntimeError, (f"{type(error).__name__}: {first_line(error)}",), {}))
 
 
 def _flush() -> None:
@@ -181,22 +208,26 @@ def _end_of(child: int) -> str:
     if status is None:  # it is not out of the kernel yet
         return "a signal"
     code = os.waitstatus_to_exitcode(status)
+    if code == -signal.SIGKILL:
+        return "SIGKILL, which Linux sends where memory runs out"
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _end(child: int) -> None:
-    """Kill a child and what it has started, such as a compiler."""
-    with suppress(psutil.NoSuchProcess):
+    """Kill a child that still runs, and what it has started, such as a compiler."""
+    with suppress(ChildProcessError, psutil.NoSuchProcess):
+        if os.waitpid(child, os.WNOHANG)[0]:
+            return
         process = psutil.Process(child)
         for one in [*process.children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess):
                 one.kill()
-    _reaped(child)
+        _reaped(child)
 
 
-def _reaped(child: int) -> int | None:
-    """Return the status of an ended child; None if it has not ended within _REAPED_S, or was asked for before."""
-    deadline = time.monotonic() + _REAPED_S
+def _reaped(child: int, seconds: float = _REAPED_S) -> int | None:
+    """Return the status of an ended child; None if it does not end in this time, or was asked for before."""
+    deadline = time.monotonic() + seconds
     with suppress(ChildProcessError):
         while time.monotonic() < deadline:
             found, status = os.waitpid(child, os.WNOHANG)
