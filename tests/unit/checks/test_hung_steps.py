@@ -16,12 +16,13 @@ import pytest
 
 from longhaul.artifacts.artifact_schemas import EnvironmentReport, failed_path
 from longhaul.checks import environment
-from longhaul.checks.hung_steps import COMMANDS, GPUS, HUNG_STEP, KERNEL, RUN_FOLDER
+from longhaul.checks.hung_steps import COMMANDS, GPU_DRIVER, GPUS, HUNG_STEP, KERNEL, OPS, RUN_FOLDER, SCRATCH
 from longhaul.checks.node_facts import node_facts
 from longhaul.checks.node_problems import node_problems
 from longhaul.checks.watched_parts import HungStep, Step, Subject
 from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
+from longhaul.runtime.rendezvous import RENDEZVOUS_TIMEOUT_S
 from longhaul.runtime.swap_folders import swap_root
 from tests.support.node_hardware import environment_job, two_gpu_nodes
 
@@ -145,13 +146,14 @@ def test_node_whose_run_folder_hangs_is_excluded_by_the_other_one(tmp_path: Path
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
               "LOCAL_RANK": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
     nodes = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                          env={**os.environ, **shared, "RANK": str(rank), "SLURMD_NODENAME": f"n{rank}"})
         for rank in (0, 1)
     ]  # fmt: skip
-    errors = [node.communicate(timeout=200)[1] for node in nodes]
+    printed, errors = zip(*(node.communicate(timeout=200) for node in nodes), strict=True)
     assert [node.returncode for node in nodes] == [1, 0] and "longhaul.errors.BadNodesError" in errors[0], errors
     assert f"  - n1: {HUNG_STEP}: free space of {tmp_path / 'results'}, and a write: no end after 1.5" in errors[0]
+    assert printed[1].startswith(f"n1: free space of {tmp_path / 'results'}, and a write: no end after 1.5")
     assert RUN_FOLDER.remedy in errors[0] and "first node" not in errors[0]
 
 
@@ -193,6 +195,12 @@ def test_node_without_any_result_has_facts(tmp_path: Path):
     facts = node_facts("n1", environment_job(measures_speed=True), {}, [hung(replace(KERNEL, limit_s=1.0))])
     assert facts["gpus"] == [] and facts["versions"] == {} and facts["hardware"] is None
     assert facts["measured"] is not None and facts["measured"].devices == []
+
+
+def test_other_nodes_wait_longer_than_any_step_of_this_check():
+    """Else the rendezvous would end before the node could report its step."""
+    subjects = (GPUS, GPU_DRIVER, RUN_FOLDER, SCRATCH, OPS, KERNEL, COMMANDS)
+    assert max(one.limit_s for one in subjects) <= environment._LATEST_S - RENDEZVOUS_TIMEOUT_S
 
 
 _FIRST_NODE_WITHOUT_FOLDER = """

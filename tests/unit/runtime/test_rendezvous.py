@@ -77,6 +77,20 @@ def test_missing_rank_is_named_with_its_node():
         assert "remedy: read in the job's log" in output
 
 
+WITH_SHORT_USUAL_TIME = """
+from longhaul.runtime import rendezvous
+rendezvous.RENDEZVOUS_TIMEOUT_S = 1.0
+"""
+
+
+def test_rank_that_has_more_than_the_usual_time_is_named_before_its_end():
+    """In the node check, other nodes may wait for hung steps. The log says early which one never started."""
+    first, other = start([0, 1], 3, timeout_s=3.0, worker=WITH_SHORT_USUAL_TIME + WORKER)
+    early = "1 of 3 ranks did not arrive within 1 s: 2; rank 0 waits for 2 s more"
+    assert early in first and "1 of 3 ranks did not arrive within 3 s: 2" in first
+    assert early not in other and "1 of 3 ranks did not arrive within 3 s: 2" in other
+
+
 def test_rank_0_waits_until_the_others_have_read_the_result():
     """Its store ends with it. A rank that reads the result too late would report an unreachable address instead."""
     for output in start([0, 1], 3, timeout_s=5.0, worker=LATE_READER + WORKER):

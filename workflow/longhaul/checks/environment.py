@@ -56,7 +56,10 @@ def run(job: EnvironmentSpec) -> None:
     require_planned_size(rank, job.nodes, job.nodes)
     import torch  # noqa: F401  # before the child starts, so that it is imported once
 
-    facts = node_facts(rank.node_name, job, *run_parts([*node_parts(job), *scratch_parts(job)]))
+    results, hung = run_parts([*node_parts(job), *scratch_parts(job)])
+    for one in hung:  # here, as the report needs the other nodes
+        print(f"{rank.node_name}: {one.step.text}: {one.reason}", flush=True)
+    facts = node_facts(rank.node_name, job, results, hung)
     export_rank(rank)
     store = meet(rank, _LATEST_S)
     is_connected, found = connect_to_others(store, rank) if rank.world_size > 1 else (True, [])

@@ -125,7 +125,7 @@ def meet(rank: Rank, timeout_s: float = RENDEZVOUS_TIMEOUT_S) -> TCPStore:
         store.set(host_key(rank.rank), rank.host)
         missing: list[int] = []
         if rank.is_main:
-            missing = wait_for_keys(store, host_key, range(rank.world_size), timeout_s)
+            missing = _missing_ranks(store, rank, timeout_s)
             store.set(_RESULT_KEY, _missing_message(missing, rank, timeout_s) if missing else _COMPLETE)
         result = store.get(_RESULT_KEY).decode()
         store.set(_received_key(rank.rank), "")
@@ -173,6 +173,17 @@ def _open_store(rank: Rank, timeout_s: float) -> TCPStore:
         timeout=timedelta(seconds=timeout_s if rank.is_main else timeout_s + _grace_s(timeout_s)),
         wait_for_workers=False,
     )
+
+
+def _missing_ranks(store: TCPStore, rank: Rank, timeout_s: float) -> list[int]:
+    """Return the ranks that do not arrive in time. Where they have more than the usual time, the log names them earlier, too."""
+    usual_s = min(timeout_s, RENDEZVOUS_TIMEOUT_S)
+    missing = wait_for_keys(store, host_key, range(rank.world_size), usual_s)
+    if missing and timeout_s > usual_s:
+        text = _missing_message(missing, rank, usual_s)
+        print(f"{rank.host}: {text}; rank 0 waits for {timeout_s - usual_s:g} s more", flush=True)
+        missing = wait_for_keys(store, host_key, missing, timeout_s - usual_s)
+    return missing
 
 
 def _grace_s(timeout_s: float) -> float:
