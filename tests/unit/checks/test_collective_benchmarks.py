@@ -13,7 +13,14 @@ import pytest
 import torch
 
 from longhaul.checks import collective_benchmarks
-from longhaul.checks.collective_benchmarks import COLLECTIVES, Collective, MeasuredGroup, measure, measure_sizes
+from longhaul.checks.collective_benchmarks import (
+    COLLECTIVES,
+    Collective,
+    MeasuredGroup,
+    largest_message,
+    measure,
+    measure_sizes,
+)
 from tests.support.launch_ranks import REPOSITORY, rank_environment, worker_command
 
 RANKS = 3
@@ -141,3 +148,12 @@ def test_sums_that_8192_ranks_scatter_have_none_either(monkeypatch: pytest.Monke
     run_once, is_correct = prepare(MeasuredGroup(rank, ranks, torch.device("cpu")), ranks)
     run_once()
     assert is_correct()
+
+
+def test_rank_that_waits_for_the_free_memory_of_others_says_so(monkeypatch: pytest.MonkeyPatch):
+    """The step before reads error counters, whose remedy is that of a driver."""
+    steps: list[str] = []
+    monkeypatch.setattr(collective_benchmarks, "announce", lambda text, gpus, subject: steps.append(text))
+    monkeypatch.setattr(collective_benchmarks.dist, "all_reduce", lambda *_, **options: steps.append("waits"))
+    largest_message(MeasuredGroup(0, 2, torch.device("cpu")))
+    assert steps == ["free memory of the ranks", "waits"]

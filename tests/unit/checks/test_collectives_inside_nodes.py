@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import CollectiveResult
+from longhaul.checks import collectives_inside_nodes
 from longhaul.checks.collectives_inside_nodes import (
     InsideNodes,
     NodeRows,
@@ -105,3 +107,12 @@ def test_faster_one_of_two_measurements_counts_and_wrong_values_stay_wrong():
     assert with_better(first, again)["n1"][1]["bus_bandwidth_gbps"] == 400.0
     first["n3"][1]["correct"] = False
     assert with_better(first, again)["n3"][1] == row("n3", "all_reduce", 64 * MIB, 390.0, correct=False)
+
+
+def test_rank_that_waits_for_other_nodes_blames_no_collective_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    steps: list[str] = []
+    monkeypatch.setattr(collectives_inside_nodes, "announce", lambda text, subject: steps.append(text))
+    monkeypatch.setattr(dist, "get_rank", lambda: 9)
+    monkeypatch.setattr(dist, "gather_object", lambda own, gathered: steps.append("waits"))
+    assert collectives_inside_nodes._on_rank_0(["n1", "n2"], 8, []) == {}
+    assert steps == ["results of the collectives inside the nodes", "waits"]

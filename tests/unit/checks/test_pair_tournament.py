@@ -40,6 +40,17 @@ def test_link_that_breaks_is_named_with_its_rail_and_the_error(monkeypatch: pyte
     )
 
 
+def test_rank_that_waits_for_the_results_of_others_blames_no_pair(monkeypatch: pytest.MonkeyPatch):
+    steps: list[str] = []
+    monkeypatch.setattr(pair_tournament, "announce", lambda text, *_, subject: steps.append(text))
+    monkeypatch.setattr(PairMeter, "measure", lambda meter, peer: PairMeasurement(1.0, 1.0, True, 0.0))
+    monkeypatch.setattr(pair_tournament.dist, "gather_object", lambda own, parts: None)
+    rounds = rounds_of(3)
+    rounds._play_round([(1, 2)])
+    rounds.gather()
+    assert steps == ["messages between n2 and n3 on rail 1", "results of the pair tournament"]
+
+
 def test_link_on_which_a_call_never_returns_is_named(monkeypatch: pytest.MonkeyPatch):
     """NCCL blocks where it opens the first connection between two nodes."""
     ended = threading.Event()

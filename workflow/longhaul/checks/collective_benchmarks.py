@@ -75,11 +75,18 @@ class Collective:
 
 def largest_message(group: MeasuredGroup) -> int:
     """Return the largest message in bytes for which every rank has memory: a rank needs at most two buffers of its size."""
+    _announce("free memory of the ranks", group)
     on_gpu = group.device.type == "cuda"
     free = torch.cuda.mem_get_info(group.device)[0] if on_gpu else psutil.virtual_memory().available // group.size
     fewest = torch.tensor([free], device=group.device)
     dist.all_reduce(fewest, op=dist.ReduceOp.MIN, group=group.group)
     return int(fewest.item()) // 3
+
+
+def _announce(text: str, group: MeasuredGroup) -> None:
+    """Tell the process that watches that this step begins."""
+    index = group.device.index
+    announce(text, [] if index is None else [index], COLLECTIVES_OF_RANKS)
 
 
 def measure_sizes(
@@ -113,8 +120,8 @@ def measure(collective: Collective, group: MeasuredGroup, size_bytes: int) -> Co
         BrokenLinkError: a rank that takes part has ended, or does not answer.
     """
     where = "all ranks" if group.scope == "all" else "the ranks of this node"
-    text, device = f"{collective.name} of {size_bytes:,} bytes between {where}", group.device
-    announce(text, [] if device.index is None else [device.index], COLLECTIVES_OF_RANKS)
+    text = f"{collective.name} of {size_bytes:,} bytes between {where}"
+    _announce(text, group)
     try:
         return _measure(collective, group, size_bytes)
     except torch.OutOfMemoryError:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from longhaul.artifacts.fabric_report import CollectiveResult
 from longhaul.artifacts.node_results import NodeResult, new_node_result
 from longhaul.checks.fabric_limits import BANDWIDTH, bandwidth_text, latency_text, wrong_values_text
+from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
+from longhaul.checks.watched_parts import announce
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 if TYPE_CHECKING:
@@ -195,6 +197,7 @@ def _on_rank_0(hosts: Sequence[str], ranks_per_node: int, own: list[CollectiveRe
     """Return on rank 0 the rows of each node, by its first rank: all ranks of a node have the same; {} on other ranks."""
     import torch.distributed as dist
 
+    announce("results of the collectives inside the nodes", subject=COLLECTIVES_OF_RANKS)  # another node may be late
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(own, gathered)
     if gathered is None:

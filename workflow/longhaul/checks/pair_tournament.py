@@ -137,6 +137,7 @@ class _MeasuredRounds:
 
     def _gather(self, own: Any) -> list[Any]:
         """Return on rank 0 the values of all ranks; [] on other ranks."""
+        announce("results of the pair tournament", subject=COLLECTIVES_OF_RANKS)  # a rank of another pair may be late
         parts: list[Any] | None = [None] * self._rank.world_size if self._rank.is_main else None
         dist.gather_object(own, parts)
         return parts or []
