@@ -6,6 +6,11 @@ import os
 import subprocess
 import sys
 
+import psutil
+import pytest
+
+from longhaul.runtime import process_tree
+
 _TREE = """
 import subprocess, sys
 from longhaul.runtime import process_tree
@@ -40,3 +45,16 @@ def test_process_that_cannot_be_killed_is_named_and_left_behind():
     assert (
         named.startswith(f"processes that SIGKILL does not end within 0.3 s are left behind: {child} (") and left == "1"
     )
+
+
+def test_process_that_ends_while_it_is_named_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    child = subprocess.Popen(["sleep", "600"])
+    ended = psutil.Process(child.pid)
+    child.kill()
+    child.wait()
+    monkeypatch.setattr(psutil.Process, "children", lambda process: [ended])
+    monkeypatch.setattr(process_tree, "_UNKILLABLE_S", 0.0)
+    process_tree.kill_descendants()
+    assert capsys.readouterr().out.endswith(f"left behind: {child.pid}\n")

@@ -31,7 +31,7 @@ def kill_descendants(spared: frozenset[int] = frozenset()) -> None:
     deadline = time.monotonic() + _UNKILLABLE_S
     while found := [child for child in psutil.Process().children() if child.pid not in spared]:
         if (left_s := deadline - time.monotonic()) <= 0:
-            names = ", ".join(f"{child.pid} ({child.name()}, {child.status()})" for child in found)
+            names = ", ".join(map(_name_and_state, found))
             print(
                 f"processes that SIGKILL does not end within {_UNKILLABLE_S:g} s are left behind: {names}", flush=True
             )
@@ -42,6 +42,13 @@ def kill_descendants(spared: frozenset[int] = frozenset()) -> None:
         # Children of a killed process become children of this one, if it adopted orphans: look again.
         psutil.wait_procs(found, timeout=min(5.0, left_s))
         _reap()
+
+
+def _name_and_state(process: psutil.Process) -> str:
+    try:
+        return f"{process.pid} ({process.name()}, {process.status()})"
+    except psutil.NoSuchProcess:  # it has just ended
+        return str(process.pid)
 
 
 def _below(process: psutil.Process) -> list[psutil.Process]:
