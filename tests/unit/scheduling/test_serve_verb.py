@@ -157,6 +157,14 @@ def test_a_stage_is_refused_until_it_is_one_with_an_export(plan: Plan, slurm: Fa
     assert len(slurm.submitted) == 2
 
 
+@pytest.mark.parametrize("stage", ["b" * 300, "base/../../stages/base", "a\0b", ""])
+def test_server_of_a_stage_that_never_was_is_no_traceback(plan: Plan, slurm: FakeSlurm, stage: str):
+    plan.paths.job(JobId("serve", ("base",))).path.mkdir(parents=True, exist_ok=True)
+    plan.paths.stage("base").path.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(UserError, match="has no stage"):
+        serve_verb.stop(plan, stage)
+
+
 def test_stop_cancels_the_job_of_this_stage_alone(plan: Plan, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(UserError, match="no serve-base of run small is in Slurm's queue") as refused:
         serve_verb.stop(plan, "base")

@@ -112,7 +112,8 @@ def stop(plan: Plan, stage: str) -> None:
         UserError: no server runs.
     """
     started = JobId(SERVE_KIND, (stage,))
-    job = started if plan.paths.job(started).path.exists() else _job(plan, stage)
+    rendered = {folder.path for folder in plan.paths.job_folders()}  # a user's text may be no name of a folder
+    job = started if plan.paths.job(started).path in rendered else _job(plan, stage)
     if plan.site.scheduler == "slurm":
         _cancel(plan, job)
         return
