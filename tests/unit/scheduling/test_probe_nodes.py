@@ -46,6 +46,7 @@ MI300X = """\
         }
     }"""
 GPUS = f"[\n{MI300X % (0, 196592)},\n{MI300X % (1, 196592)}\n]"
+NO_MEMORY = '{"gpu": 2, "asic": {"market_name": "AMD Instinct MI300X"}, "vram": {"type": "N/A", "size": "N/A"}}'
 SBATCH = """#!/bin/sh
 for word; do case "$word" in --output=*) out=${word#--output=};; esac; done
 %s
@@ -79,9 +80,11 @@ def test_node_with_amd_gpus_is_read(tmp_path: Path):
         GPUS,
         f'{{\n"gpu_data": {GPUS}\n}}',
         f"WARNING: User is missing the following required groups: render\n{GPUS}",
+        f"[WARNING] {{1}} User is missing the following required groups: render\n{GPUS}",
         GPUS.replace("\n]", f",\n{MI300X % (2, chr(34) + 'N/A' + chr(34))}\n]"),
+        GPUS.replace("\n]", f",\n{NO_MEMORY}\n]"),
     ],
-    ids=["ROCm 6", "ROCm 7", "warning", "part of a GPU"],
+    ids=["ROCm 6", "ROCm 7", "warning", "warning with brackets", "part of a GPU", "part without an object"],
 )
 @pytest.mark.parametrize("has_rocm_smi", [False, True])
 def test_amd_smi_is_asked_where_it_is_installed(tmp_path: Path, output: str, has_rocm_smi: bool):

@@ -9,6 +9,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -194,15 +195,15 @@ def _gpus_of_amd_smi(lines: Sequence[str]) -> list[tuple[str, int]]:
 
     ROCm 6 prints a list, ROCm 7 an object with this list. Parts of a GPU that is divided have no memory of their own.
     """
-    text = "\n".join(lines)
-    begins = [place for place in map(text.find, "[{") if place >= 0]  # warnings may stand before it
-    try:
-        found = json.JSONDecoder().raw_decode(text, min(begins, default=0))[0]
-        gpus = found["gpu_data"] if isinstance(found, dict) else found
-        sizes = [(gpu["asic"]["market_name"], gpu["vram"]["size"]) for gpu in gpus]
-        return [(str(name), int(size["value"])) for name, size in sizes if isinstance(size["value"], int)]
-    except (ValueError, KeyError, TypeError):
-        return []
+    for number, line in enumerate(lines):
+        if line.startswith(("[", "{")):  # the JSON, or a warning before it
+            with suppress(ValueError, KeyError, TypeError):
+                found = json.JSONDecoder().raw_decode("\n".join(lines[number:]))[0]
+                gpus = found["gpu_data"] if isinstance(found, dict) else found
+                sizes = [(str(gpu["asic"]["market_name"]), gpu["vram"]["size"]) for gpu in gpus]
+                known = [(name, size.get("value")) for name, size in sizes if isinstance(size, dict)]  # else "N/A"
+                return [(name, value) for name, value in known if isinstance(value, int)]
+    return []
 
 
 def _gpus_of_rocm_smi(lines: Sequence[str]) -> list[tuple[str, int]]:
