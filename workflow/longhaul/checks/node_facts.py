@@ -109,7 +109,7 @@ def _buildable_ops(job: EnvironmentSpec, results: Mapping[str, Any]) -> Sequence
 
 
 def _scratch_text(job: EnvironmentSpec) -> str:
-    return job.scratch or os.environ.get("TMPDIR", "/tmp")
+    return job.scratch or os.environ.get("TMPDIR", "/tmp")  # nosec B108  # only named
 
 
 def _measurements() -> ModuleType:
