@@ -23,7 +23,7 @@ from longhaul.config.shipped_files import PACKAGE
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds, job_spec, jobs_of, jobs_on_demand
 from longhaul.jobs.kinds.train_job import TrainSpec
-from longhaul.jobs.launch_files import render_job, render_run, write_launch_files
+from longhaul.jobs.launch_files import render_controller, render_job, render_run, write_launch_files
 from longhaul.planning import Plan
 from longhaul.planning.deepspeed_config import deepspeed_sections
 from tests.golden.regenerate import CASES, GOLDEN, SERVERS, SITES, rendered, rendered_headers, rendered_server
@@ -696,3 +696,33 @@ def test_address_of_rank_0_is_passed_to_the_supervisor(tmp_path: Path):
     plan = plan_of(tmp_path, None, {"interconnect": {"master_address": {"suffix": "i"}}})
     spec = json.loads(render_job(plan, JobId("train", ("base",)), tmp_path).files["launch.json"])
     assert (spec["master_suffix"], spec["master_interface"]) == ("i", None)
+
+
+@pytest.mark.parametrize(("refusals", "cancelled"), [(0, "7"), (2, "7"), (4, "")])
+def test_the_controller_runs_although_sbatch_refuses_its_successor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refusals: int, cancelled: str
+):
+    """slurmctld may be restarting. The script ended before the main process had begun."""
+    scripts = {
+        "sbatch": f'echo >> calls; [ "$(wc -l < calls)" -gt {refusals} ] && echo 7',
+        "sleep": "",
+        "scancel": 'echo "$1" > cancelled',
+        "main": "touch ran",
+    }
+    path = ""
+    for name, lines in scripts.items():
+        path = fake_program(tmp_path, name, f"#!/bin/bash\n{lines}\n")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "bin/main"))
+    (script,) = render_controller(plan_of(tmp_path), tmp_path).files.values()
+    done = subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": path, "SLURM_JOB_ID": "6"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0 and (tmp_path / "ran").exists(), done.stderr
+    found = (tmp_path / "cancelled").read_text().strip() if (tmp_path / "cancelled").exists() else ""
+    assert found == cancelled
+    assert ("sbatch refused the successor of this job" in done.stderr) == (not cancelled)

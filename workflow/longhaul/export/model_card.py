@@ -137,9 +137,17 @@ def _base_model(model: dict[str, Any]) -> tuple[str, str]:
 
 
 def git_commit(folder: Path) -> str:
-    """Return the commit of the git checkout around `folder`, with `-dirty` when files were edited; "" without a checkout."""
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """Return the commit of the git checkout that has `folder`, with `-dirty` when files were edited; "" without a checkout.
+
+    A package that is installed below somebody's own repository is not part of it.
+    """
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+        _git(folder, "ls-files", "--error-unmatch", ".")
+        return _git(folder, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

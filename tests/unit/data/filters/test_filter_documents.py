@@ -256,6 +256,16 @@ def test_errors_in_evaluation_files_have_a_location_until_the_column_is_named(tm
 
 def test_letters_are_words_in_scripts_without_spaces():
     assert split_words("It's 北京, naïve!") == ["it", "s", "北", "京", "naïve"]
+
+
+def test_vowel_signs_belong_to_their_word():
+    """`\\w` of Python's re leaves them out: different words of Hindi became the same letters."""
+    assert split_words("नमस्ते दुनिया, தமிழ்") == ["नमस्ते", "दुनिया", "தமிழ்"]
+
+
+@pytest.mark.parametrize("written", ["étude final abc", "e\u0301tude ﬁnal ＡＢＣ", "ÉTUDE — final (abc)"])
+def test_words_that_unicode_writes_otherwise_are_equal(written: str):
+    assert split_words(written) == ["étude", "final", "abc"]
     assert list(ngrams(["a", "b", "c"], 2)) == [("a", "b"), ("b", "c")] and list(ngrams(["a"], 2)) == []
 
 

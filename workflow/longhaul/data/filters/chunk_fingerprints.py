@@ -19,7 +19,7 @@ from longhaul.artifacts.atomic_files import content_hash, file_sha256, write_jso
 from longhaul.config.dataset_config import Dataset, Decontaminate
 from longhaul.data.filters.evaluation_texts import EvaluationTexts, read_evaluation_texts
 from longhaul.data.filters.near_duplicates import BANDS, minhash_bands, minhash_settings
-from longhaul.data.filters.word_ngrams import split_words
+from longhaul.data.filters.word_ngrams import WORD_RULES, split_words
 from longhaul.data.readers.read_documents import Document, document_texts, read_range
 from longhaul.data.shards.chunks import Chunk
 from longhaul.data.shards.write_chunk import EncodingTask, publish_folder
@@ -84,7 +84,7 @@ class TextFilters(NamedTuple):
     @property
     def settings(self) -> list[object]:
         """Everything that decides the fingerprints of a text."""
-        found: list[object] = minhash_settings() if self.near_duplicates else []
+        found: list[object] = [*WORD_RULES, *(minhash_settings() if self.near_duplicates else [])]
         if self.decontaminate:
             found += [self.decontaminate.ngram_words, self.decontaminate.columns, self.evaluation_sha256]
         return found

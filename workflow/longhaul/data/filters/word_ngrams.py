@@ -1,18 +1,24 @@
-"""Splits texts into words and word n-grams; ignores case, punctuation and spaces."""
+"""Splits texts into words and word n-grams; ignores case, punctuation, spaces, and how Unicode writes a letter."""
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Iterator, Sequence
+
+import regex
 
 # Scripts without spaces between words (Thai to Khmer, kana, Han): each letter counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+# Vowel signs of Indic scripts are marks (M), and no letters of `\w`.
+_WORD = regex.compile(rf"[{_UNSPACED}]|[[\w\p{{M}}]--[{_UNSPACED}]]+", regex.V1)
+_FORM = "NFKC"
+WORD_RULES = [_FORM, _WORD.pattern]
+"""Everything that decides the words of a text."""
 
 
 def split_words(text: str) -> list[str]:
-    """Return the words of a text in lower case."""
-    return _WORD.findall(text.lower())
+    """Return the words of a text in lower case. Full-width letters, ligatures and separate accents become the usual letters."""
+    return _WORD.findall(unicodedata.normalize(_FORM, text).lower())
 
 
 def ngrams(words: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
