@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -63,6 +64,17 @@ def test_a_folder_has_no_markers_of_spark_and_hadoop(tmp_path: Path):
     assert sorted(path.name for path in files.files) == ["part-0.parquet", "part-1.parquet"]
     assert sorted({path.name for path in files.left_out}) == sorted([*MARKERS, "_committed_vacuum77"])
     assert found(tmp_path, "", "parquet") == ["day=1/part-1.parquet", "part-0.parquet"]
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.parquet"])
+def test_output_of_a_job_that_has_not_ended_is_refused(tmp_path: Path, pattern: str):
+    """Its rows may be there twice, as a failed task wrote them, too. Without the folder, the data are read."""
+    write(tmp_path, "part-0.parquet", "_temporary/0/task_7/part-0.parquet")
+    message, remedy = refusal(tmp_path, pattern)
+    assert message == f"{KEY}: FOLDER/_temporary is left of a job of Spark or Hadoop that has not ended, or that failed"
+    assert remedy.startswith("wait for its end, or remove the folder")
+    shutil.rmtree(tmp_path / "_temporary")
+    assert found(tmp_path, pattern) == ["part-0.parquet"]
 
 
 @pytest.mark.parametrize(

@@ -93,10 +93,20 @@ def _walk(key: str, folder: Path) -> Iterator[Path]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
+                _require_complete(key, path)
                 pending.append((path, (*above, _new_identity(key, path, above))))
             else:
                 _check_file(key, path)
                 yield path
+
+
+def _require_complete(key: str, folder: Path) -> None:
+    """Raise UserError if a folder holds what tasks of Spark or Hadoop have written; their job moves or removes it at its end."""
+    if folder.name == "_temporary":
+        raise UserError(
+            f"{key}: {folder} is left of a job of Spark or Hadoop that has not ended, or that failed",
+            "wait for its end, or remove the folder; if the job failed, run it again",
+        )
 
 
 def _identity(folder: Path) -> tuple[int, int]:
