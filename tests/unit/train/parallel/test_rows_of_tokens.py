@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longhaul.train.parallel.rows_of_tokens import (
     Places,
     count_choices,
     read_rows,
     sort_by_choice,
+    sort_some_by_choice,
     sum_rows,
     sum_weighted_rows,
 )
@@ -20,12 +24,12 @@ ROWS = 6
 
 
 def places() -> Places:
-    order, place = sort_by_choice(CHOSEN, 3)
-    return Places(order[:ROWS], place)
+    whole = sort_some_by_choice(CHOSEN, 3)
+    return whole._replace(order_S=whole.order_S[:ROWS])
 
 
 def test_rows_are_sorted_by_choice_then_by_token():
-    order, place = places()
+    order, place, _ = places()
     assert order.tolist() == [1, 3, 8, 2, 6, 0]
     assert place.tolist() == [[5, 0, 3], [1, -1, -1], [4, -1, 2]]
     assert count_choices(CHOSEN, 3).tolist() == [3, 2, 1]
@@ -34,8 +38,37 @@ def test_rows_are_sorted_by_choice_then_by_token():
 @pytest.mark.parametrize("choices", [3, 255, 256, 70_000])
 def test_any_number_of_choices_is_sorted(choices: int):
     chosen = torch.tensor([[choices - 1, 0], [choices, 1]])
-    order, place = sort_by_choice(chosen, choices)
+    order, place, _ = sort_some_by_choice(chosen, choices)
     assert order.tolist() == [1, 3, 0, 2] and place.tolist() == [[2, 0], [-1, 1]]
+    order, place, _ = sort_by_choice(chosen.clamp(max=choices - 1), choices)
+    assert order.tolist() == [1, 3, 0, 2] and place.tolist() == [[2, 0], [3, 1]]
+
+
+class Operators(TorchDispatchMode):
+    """Collects the operators that torch computes, and the precision of the keys that it sorts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.keys: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        if "sort" in func.overloadpacket.__name__:
+            self.keys.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_that_every_choice_has_are_read_as_they_are():
+    """Experts that ranks do not divide pay nothing for choices without a row, and one byte for each key of 256 experts."""
+    tokens, weights, chosen = torch.randn(3, 4, requires_grad=True), torch.rand(3, 2, requires_grad=True), CHOSEN[:, :2]
+    with Operators() as found:
+        every = sort_by_choice(chosen, 256)
+        rows = read_rows(tokens, every)
+        sum_weighted_rows(rows, weights, every).sum().backward()
+    assert not found.names & {"where", "masked_fill", "clamp", "clamp_min", "ge", "eq"}
+    assert found.keys == {torch.uint8} and weights.grad is not None
+    torch.testing.assert_close(weights.grad, tokens.sum(1, keepdim=True).expand(3, 2))
 
 
 def test_values_are_those_of_a_loop():
@@ -59,7 +92,7 @@ def test_gradients_are_those_of_the_values():
 
 def test_undefined_rows_behind_the_used_ones_change_nothing():
     """Rows for ranks fill up to a number that is known in advance; their last ones never arrive."""
-    whole = sort_by_choice(CHOSEN, 3)
+    whole = sort_some_by_choice(CHOSEN, 3)
     rows = torch.randn(9, 4)
     rows[ROWS:] = torch.nan
     assert torch.equal(sum_rows(rows, whole), sum_rows(rows[:ROWS], places()))

@@ -26,7 +26,7 @@ from longhaul.train.parallel.rows_of_tokens import (
     Places,
     count_choices,
     read_rows,
-    sort_by_choice,
+    sort_some_by_choice,
     sum_rows,
     sum_weighted_rows,
     summing_dtype,
@@ -180,7 +180,7 @@ def _sort_by_rank(chosen_TK: torch.Tensor, local_experts: int, ranks: int) -> tu
     if ranks > chosen_TK.shape[1]:
         needed_TM = needed_TM.sort(1).values[:, : chosen_TK.shape[1]]
     counts_R2 = torch.stack([is_needed_TR.sum(0), count_choices(rank_TK, ranks)], 1)
-    return sort_by_choice(needed_TM, ranks), counts_R2
+    return sort_some_by_choice(needed_TM, ranks), counts_R2
 
 
 def _make_rows(
@@ -198,9 +198,9 @@ def _sort_by_expert(choices_RC: torch.Tensor, pairs: int, first_expert: int, loc
     expert_RK = number_RK.detach().long() - first_expert
     is_local_RK = (expert_RK >= 0) & (expert_RK < local_experts)
     expert_RK = torch.where(is_local_RK, expert_RK, local_experts)
-    order, place_RK = sort_by_choice(expert_RK, local_experts)
-    order_P = order[:pairs]
-    return PairsOfRows(Places(order_P, place_RK), weights_RK, expert_RK.flatten()[order_P])
+    places = sort_some_by_choice(expert_RK, local_experts)
+    order_P = places.order_S[:pairs]
+    return PairsOfRows(places._replace(order_S=order_P), weights_RK, expert_RK.flatten()[order_P])
 
 
 def _read_for_experts(rows_RH: torch.Tensor, pairs: PairsOfRows) -> torch.Tensor:

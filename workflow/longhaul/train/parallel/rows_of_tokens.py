@@ -17,25 +17,33 @@ import torch
 class Places(NamedTuple):
     """Where the rows of tokens are.
 
-    order_S:  index into the flattened [N, K] of every row
-    place_NK: row of every choice; -1 for a choice without a row
+    order_S:   index into the flattened [N, K] of every row
+    place_NK:  row of every choice; -1 for a choice without a row
+    has_rests: whether choices may have no row. If all have one, nothing is computed to leave any out.
     """
 
     order_S: torch.Tensor
     place_NK: torch.Tensor
+    has_rests: bool
 
 
 def sort_by_choice(chosen_NK: torch.Tensor, choices: int) -> Places:
-    """Return the places of rows that are sorted by what their token chose, 0 to `choices` - 1, then by token.
-
-    A token that has fewer than K choices has the number `choices` in the remaining ones. They have no row. `order_S` ends with
-    them, so that its length N · K is known without a look at the numbers; the caller cuts it.
-    """
+    """Return the places of rows that are sorted by what their token chose, 0 to `choices` - 1, then by token."""
     # A sort takes time for each byte of its keys.
-    keys_S = chosen_NK.flatten().to(torch.uint8 if choices < 256 else torch.int32)
+    keys_S = chosen_NK.flatten().to(torch.uint8 if choices <= 256 else torch.int32)
     order_S = keys_S.argsort(stable=True)
     place_S = torch.zeros_like(order_S).scatter(0, order_S, torch.arange(len(order_S), device=order_S.device))
-    return Places(order_S, place_S.view_as(chosen_NK).masked_fill(chosen_NK == choices, -1))
+    return Places(order_S, place_S.view_as(chosen_NK), has_rests=False)
+
+
+def sort_some_by_choice(chosen_NK: torch.Tensor, choices: int) -> Places:
+    """Return the same for tokens of which some have fewer than K choices: the number `choices` stands in the remaining ones.
+
+    These have no row. `order_S` ends with them, so that its length N · K is known without a look at the numbers; the caller
+    cuts it.
+    """
+    order_S, place_NK, _ = sort_by_choice(chosen_NK, choices + 1)
+    return Places(order_S, place_NK.masked_fill(chosen_NK == choices, -1), has_rests=True)
 
 
 def count_choices(chosen_NK: torch.Tensor, choices: int) -> torch.Tensor:
@@ -66,48 +74,61 @@ def summing_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rows_of_choices(rows_SW: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+def _rows_of_choices(rows_SW: torch.Tensor, place_NK: torch.Tensor, has_rests: bool) -> torch.Tensor:
     """Return the row of every choice, and zeros for a choice without a row: [S, W] -> [N, K, W]."""
+    if not has_rests:
+        return rows_SW[place_NK]
     return torch.where(place_NK[..., None] >= 0, rows_SW[place_NK.clamp(min=0)], 0)
 
 
-def _sum_rows(rows_SW: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
-    rows_NKW = _rows_of_choices(rows_SW, place_NK)
+def _sum_rows(rows_SW: torch.Tensor, place_NK: torch.Tensor, has_rests: bool) -> torch.Tensor:
+    rows_NKW = _rows_of_choices(rows_SW, place_NK, has_rests)
     return rows_NKW.sum(1, dtype=summing_dtype(rows_SW.dtype)).to(rows_SW.dtype)
 
 
 class _ReadRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tokens_NW: torch.Tensor, order_S: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, tokens_NW: torch.Tensor, order_S: torch.Tensor, place_NK: torch.Tensor, has_rests: bool
+    ) -> torch.Tensor:
+        ctx.has_rests = has_rests
         ctx.save_for_backward(place_NK)
         return tokens_NW[order_S // place_NK.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
         (place_NK,) = ctx.saved_tensors
-        return _sum_rows(slopes[0], place_NK), None, None
+        return _sum_rows(slopes[0], place_NK, ctx.has_rests), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_SW: torch.Tensor, order_S: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows_SW: torch.Tensor, order_S: torch.Tensor, place_NK: torch.Tensor, has_rests: bool
+    ) -> torch.Tensor:
         ctx.choices = place_NK.shape[1]
         ctx.save_for_backward(order_S)
-        return _sum_rows(rows_SW, place_NK)
+        return _sum_rows(rows_SW, place_NK, has_rests)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
         (order_S,) = ctx.saved_tensors
-        return slopes[0][order_S // ctx.choices], None, None
+        return slopes[0][order_S // ctx.choices], None, None, None
 
 
 class _SumWeightedRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows_SW: torch.Tensor, weights_NK: torch.Tensor, order_S: torch.Tensor, place_NK: torch.Tensor
+        ctx: Any,
+        rows_SW: torch.Tensor,
+        weights_NK: torch.Tensor,
+        order_S: torch.Tensor,
+        place_NK: torch.Tensor,
+        has_rests: bool,
     ) -> torch.Tensor:
+        ctx.has_rests = has_rests
         ctx.save_for_backward(rows_SW, weights_NK, order_S, place_NK)
-        return (_rows_of_choices(rows_SW, place_NK) * weights_NK[..., None]).sum(1)
+        return (_rows_of_choices(rows_SW, place_NK, has_rests) * weights_NK[..., None]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
@@ -115,5 +136,5 @@ class _SumWeightedRows(torch.autograd.Function):
         slopes_SW, dtype = slopes[0][order_S // place_NK.shape[1]], summing_dtype(rows_SW.dtype)
         rows_slopes_SW = slopes_SW * weights_NK.flatten()[order_S, None]
         weights_slopes_S1 = (slopes_SW.to(dtype) * rows_SW.to(dtype)).sum(-1, keepdim=True)
-        weights_slopes_NK = _rows_of_choices(weights_slopes_S1, place_NK)[..., 0]
-        return rows_slopes_SW.to(rows_SW.dtype), weights_slopes_NK.to(weights_NK.dtype), None, None
+        weights_slopes_NK = _rows_of_choices(weights_slopes_S1, place_NK, ctx.has_rests)[..., 0]
+        return rows_slopes_SW.to(rows_SW.dtype), weights_slopes_NK.to(weights_NK.dtype), None, None, None
