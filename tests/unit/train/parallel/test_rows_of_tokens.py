@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from longhaul.train.parallel.rows_of_tokens import (
     Places,
     count_choices,
+    read_few_rows,
     read_rows,
     sort_by_choice,
     sort_some_by_choice,
+    sum_few_rows,
     sum_rows,
     sum_weighted_rows,
 )
@@ -105,3 +107,31 @@ def test_sums_of_bf16_are_rounded_once():
     """256 and 1, added in bf16, are 256."""
     rows, chosen = torch.tensor([[256.0], [1.0], [1.0]]).bfloat16(), torch.tensor([[0, 1, 2]])
     assert sum_rows(rows, sort_by_choice(chosen, 3)).item() == 258
+
+
+def test_a_few_rows_have_the_values_and_gradients_of_all():
+    (order, _, _), used = places(), (CHOSEN < 3)[..., None]
+    tokens, token = torch.randn(3, 4, dtype=torch.float64, requires_grad=True), order // 3
+    rows = read_few_rows(tokens, token)
+    assert torch.equal(rows, read_rows(tokens, places()))
+    torch.testing.assert_close(sum_few_rows(rows, token, 3), (tokens[:, None] * used).sum(1))
+    assert torch.autograd.gradcheck(lambda tokens: read_few_rows(tokens, token), tokens)
+    assert torch.autograd.gradcheck(lambda rows: sum_few_rows(rows, token, 3), rows.detach().requires_grad_())
+
+
+def test_the_gradient_of_a_few_rows_is_rounded_once():
+    token, tokens = torch.zeros(3, dtype=torch.long), torch.zeros(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    read_few_rows(tokens, token).backward(torch.tensor([[256.0], [1.0], [1.0]]).bfloat16())
+    assert tokens.grad is not None and tokens.grad.item() == 258
+
+
+def test_several_threads_sum_a_few_rows_in_the_same_order():
+    rows, token = torch.randn(16_000, 64), torch.rand(16_000).argsort() // 8
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = sum_few_rows(rows, token, 2000)
+        torch.set_num_threads(4)
+        assert all(torch.equal(sum_few_rows(rows, token, 2000), expected) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)

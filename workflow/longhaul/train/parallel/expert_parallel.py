@@ -25,8 +25,10 @@ from longhaul.train.parallel.row_exchange import RowExchange
 from longhaul.train.parallel.rows_of_tokens import (
     Places,
     count_choices,
+    read_few_rows,
     read_rows,
     sort_some_by_choice,
+    sum_few_rows,
     sum_rows,
     sum_weighted_rows,
     summing_dtype,
@@ -207,7 +209,7 @@ def _read_for_experts(rows_RH: torch.Tensor, pairs: PairsOfRows) -> torch.Tensor
     """Return the row of each pair [P, H]."""
     if torch.compiler.is_compiling():
         return read_rows(rows_RH, pairs.places)
-    return rows_RH[pairs.places.order_S // pairs.weights_RK.shape[1]]
+    return read_few_rows(rows_RH, pairs.places.order_S // pairs.weights_RK.shape[1])
 
 
 def _sum_over_experts(outputs_PH: torch.Tensor, pairs: PairsOfRows) -> torch.Tensor:
@@ -218,9 +220,8 @@ def _sum_over_experts(outputs_PH: torch.Tensor, pairs: PairsOfRows) -> torch.Ten
     # Most choices of a row are of other ranks. A compiler reads the outputs of the K choices in one kernel. Without one, they
     # would be a tensor [R, K, H].
     weighted_PH = outputs_PH * weights_RK.flatten()[places.order_S, None]
-    sums_RH = weighted_PH.new_zeros(len(weights_RK), outputs_PH.shape[1])
     row_P = places.order_S // weights_RK.shape[1]
-    return sums_RH.index_put((row_P,), weighted_PH, accumulate=True).to(outputs_PH.dtype)
+    return sum_few_rows(weighted_PH, row_P, len(weights_RK)).to(outputs_PH.dtype)
 
 
 def _sum_over_ranks(sums_BH: torch.Tensor, places: Places, *of_shared: torch.Tensor) -> torch.Tensor:

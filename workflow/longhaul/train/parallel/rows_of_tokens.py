@@ -69,6 +69,21 @@ def sum_weighted_rows(rows_SW: torch.Tensor, weights_NK: torch.Tensor, places: P
     return summed_NW
 
 
+def read_few_rows(tokens_NW: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+    """Return rows[s] = tokens[token[s]]; [N, W] -> [S, W]. Without a compiler, and if most choices have no row.
+
+    `read_rows` would have a tensor [N, K, W] in its backward pass. Autograd's own gradient would round after each addition.
+    """
+    rows_SW: Any = _ReadFewRows.apply(tokens_NW, token_S)
+    return rows_SW
+
+
+def sum_few_rows(rows_SW: torch.Tensor, token_S: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Return the sum of each token's rows; [S, W] -> [tokens, W], in fp32 or better. It is the counterpart of `read_few_rows`."""
+    sums_NW: Any = _SumFewRows.apply(rows_SW, token_S, tokens)
+    return sums_NW
+
+
 def summing_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the precision of a sum of numbers of this precision: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
@@ -79,6 +94,15 @@ def _rows_of_choices(rows_SW: torch.Tensor, place_NK: torch.Tensor, has_rests: b
     if not has_rests:
         return rows_SW[place_NK]
     return torch.where(place_NK[..., None] >= 0, rows_SW[place_NK.clamp(min=0)], 0)
+
+
+def _sum_few_rows(rows_SW: torch.Tensor, token_S: torch.Tensor, tokens: int) -> torch.Tensor:
+    sums_NW = rows_SW.new_zeros(tokens, rows_SW.shape[1], dtype=summing_dtype(rows_SW.dtype))
+    rows_SW = rows_SW.to(sums_NW.dtype)
+    # On GPUs index_add is atomic, and index_put sorts. On CPUs it is the other way round: threads of index_put add atomically.
+    if rows_SW.is_cuda:
+        return sums_NW.index_put((token_S,), rows_SW, accumulate=True)
+    return sums_NW.index_add(0, token_S, rows_SW)
 
 
 def _sum_rows(rows_SW: torch.Tensor, place_NK: torch.Tensor, has_rests: bool) -> torch.Tensor:
@@ -99,6 +123,34 @@ class _ReadRows(torch.autograd.Function):
     def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
         (place_NK,) = ctx.saved_tensors
         return _sum_rows(slopes[0], place_NK, ctx.has_rests), None, None, None
+
+
+class _ReadFewRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_NW: torch.Tensor, token_S: torch.Tensor) -> torch.Tensor:
+        ctx.tokens = len(tokens_NW)
+        ctx.save_for_backward(token_S)
+        return tokens_NW[token_S]
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+        (token_S,) = ctx.saved_tensors
+        return _sum_few_rows(slopes[0], token_S, ctx.tokens).to(slopes[0].dtype), None
+
+
+class _SumFewRows(torch.autograd.Function):
+    """Keeps no rows for the backward pass; index_add would keep those that it adds."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_SW: torch.Tensor, token_S: torch.Tensor, tokens: int) -> torch.Tensor:
+        ctx.dtype = rows_SW.dtype
+        ctx.save_for_backward(token_S)
+        return _sum_few_rows(rows_SW, token_S, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> Any:
+        (token_S,) = ctx.saved_tensors
+        return slopes[0][token_S].to(ctx.dtype), None, None
 
 
 class _SumRows(torch.autograd.Function):
