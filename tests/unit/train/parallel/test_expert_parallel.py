@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -80,6 +81,26 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+def test_rows_that_were_sent_are_freed_when_they_arrived(one_rank: None):
+    """The memory plan counts the rows of one exchange: those that are sent, and those that arrive."""
+    divided = expert_exchange_worker.divide(expert_exchange_worker.build_mixture("qwen3_moe").experts, False)
+    parts, sent, alive = divided.parts, list[weakref.ref[torch.Tensor]](), list[bool]()
+
+    def make_rows(*arguments: Any) -> Any:
+        rows = parts.make_rows(*arguments)
+        sent.extend(weakref.ref(tensor) for tensor in rows)
+        return rows
+
+    def read_for_experts(*arguments: Any) -> torch.Tensor:
+        alive.extend(tensor() is not None for tensor in sent)
+        return parts.read_for_experts(*arguments)
+
+    divided.parts = parts._replace(make_rows=make_rows, read_for_experts=read_for_experts)
+    hidden = torch.randn(TOKENS, expert_exchange_worker.HIDDEN, requires_grad=True)
+    divided(hidden, CASES["three choices"](0, 1), torch.rand(TOKENS, 3, requires_grad=True)).sum().backward()
+    assert alive == [False, False]
 
 
 def test_the_cpu_waits_for_the_counts_alone(one_rank: None, monkeypatch: pytest.MonkeyPatch):

@@ -88,12 +88,13 @@ class ExpertParallel(torch.nn.Module):
         # The GPU makes the rows while the CPU waits for the counts. Their number is a limit that needs no count.
         rows_BH, choices_BC = self.parts.make_rows(hidden_states, top_k_index, top_k_weights, places)
         sent, received, pairs = counts.wait()
+        room = len(rows_BH)
         choices = RowExchange(choices_BC, sent, received, self.group)  # first, as the rows are sorted meanwhile
         rows = RowExchange(rows_BH, sent, received, self.group)
+        del rows_BH, choices_BC  # an exchange keeps what is under way; after it, nobody needs the rows that were sent
         of_shared = [shared(hidden_states) for shared in self.shared]  # while the rows are under way
-        sums_RH = self._compute(rows, choices, pairs)
-        sums_BH = RowExchange(sums_RH, received, sent, self.group, room=len(rows_BH)).wait()
-        return self.parts.sum_over_ranks(sums_BH, places, *of_shared)
+        sums = RowExchange(self._compute(rows, choices, pairs), received, sent, self.group, room)
+        return self.parts.sum_over_ranks(sums.wait(), places, *of_shared)
 
     def compile_parts(self, compile_part: Callable[..., Any]) -> None:
         """Let `compile_part` compile what is computed between the exchanges.
