@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench.build_trainer import build_trainer
+from bench.trainer_without_supervisor import build_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.process_rank import exit_without_cleanup
 from longhaul.train.distributed_context import DistributedContext, distributed_context

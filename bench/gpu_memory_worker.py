@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.build_trainer import build_trainer
+from bench.trainer_without_supervisor import build_trainer
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import distributed_context
 

@@ -17,8 +17,8 @@ import psutil
 import torch
 
 from bench import gpu_speed_peers, kernel_times
-from bench.build_trainer import build_trainer
 from bench.gpu_speed_rows import LOSS_STEPS, ROWS, Row
+from bench.trainer_without_supervisor import build_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.distributed_context import DistributedContext, distributed_context

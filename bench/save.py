@@ -23,7 +23,7 @@ from typing import IO, Any, cast
 import torch
 
 from bench.machine import describe_machine, write_result
-from longhaul.train.checkpoint.hashed_file import WriterThreads
+from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.rank_files import RankFiles
 

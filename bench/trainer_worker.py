@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from bench.build_trainer import build_trainer
 from bench.machine import describe_machine, write_result
+from bench.trainer_without_supervisor import build_trainer
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.batches import MicroBatch

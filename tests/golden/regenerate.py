@@ -20,9 +20,9 @@ from longhaul.artifacts.artifact_schemas import Lock, LockedSource
 from longhaul.artifacts.atomic_files import write_text
 from longhaul.artifacts.paths import SERVE_KIND, JobId
 from longhaul.config.load_config import load_config, load_site
-from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.shipped_files import data_root
 from longhaul.config.site_config import Site
+from longhaul.config.well_known_models import REFERENCE_MODELS
 from longhaul.jobs.job_kind import job_spec, jobs_of, jobs_on_demand
 from longhaul.jobs.kinds.serve_job import ServeSpec, serving_plan
 from longhaul.jobs.launch_files import RenderedFiles, render_controller, render_job, render_run

@@ -18,7 +18,7 @@ from pathlib import Path
 from longhaul.train import train_stage as loop
 from tests.parity.parity_cases import LAYOUTS
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
-from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors
+from tests.support.several_stages_in_one_process import load_offload_ops, reset_deepspeed, swap_small_tensors
 
 
 def before_fork() -> None:

@@ -35,7 +35,7 @@ from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.trainer import Trainer
 from tests.parity.prepare_case import prepare_case
 from tests.support.injected_faults import disturb_writes, poison_batches
-from tests.support.reused_ranks import load_offload_ops, reset_deepspeed, swap_small_tensors
+from tests.support.several_stages_in_one_process import load_offload_ops, reset_deepspeed, swap_small_tensors
 
 
 class Killed(BaseException):

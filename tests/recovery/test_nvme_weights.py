@@ -13,7 +13,7 @@ from tests.parity.parity_cases import MODELS
 from tests.parity.shared_data import write_shared_data
 from tests.recovery.test_resharding import assert_same_state
 from tests.recovery.trained_stages import TrainedStage, train
-from tests.support.reused_ranks import MIN_SWAPPED_BYTES
+from tests.support.several_stages_in_one_process import MIN_SWAPPED_BYTES
 
 pytestmark = pytest.mark.slow
 

@@ -25,7 +25,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
 from longhaul.train.parallel.slice_model import build_sliced_model
 from tests.parity.parity_cases import MODELS
-from tests.support.tiny_sizes import tiny_stage
+from tests.support.tiny_model_sizes import tiny_stage
 
 RANKS, LENGTH = 2, 16
 LAYOUTS: dict[str, tuple[str, dict[str, int], str]] = {

@@ -11,7 +11,7 @@ import torch
 
 from longhaul.train import step_backends as backend
 from longhaul.train.batches import Batch
-from longhaul.train.checkpoint.hashed_file import HashedFile
+from longhaul.train.checkpoint.checkpoint_file_writer import HashedFile
 from longhaul.train.trainer import Trainer
 
 STEP, LOSSES = Trainer.step, (backend.loss_sum, backend.head_loss_sum)

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def test_each_device_is_loaded_and_verified():
-    found = burn_in([CPU, CPU], seconds=0.2, size=64, copy_bytes=4096)
+    found = burn_in([CPU, CPU], seconds=0.2, size=64, copy_bytes=1 << 20)
     assert len(found) == 2
     for device in found:
         assert device.verified >= 1 and device.wrong_rows == 0

@@ -25,7 +25,7 @@ from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
-from tests.support.facts_here import facts_here
+from tests.support.node_facts_of_this_machine import facts_here
 from tests.support.node_hardware import environment_job, gpu, two_gpu_nodes
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ from longhaul.checks import environment
 from longhaul.checks.hung_steps import COMMANDS, GPU_DRIVER, GPUS, HUNG_STEP, KERNEL, OPS, RUN_FOLDER, SCRATCH
 from longhaul.checks.node_facts import node_facts
 from longhaul.checks.node_problems import node_problems
-from longhaul.checks.watched_parts import HungStep, Step, Subject
+from longhaul.checks.run_parts_in_child import HungStep, Step, Subject
 from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
 from longhaul.runtime.rendezvous import RENDEZVOUS_TIMEOUT_S

@@ -12,7 +12,7 @@ from longhaul.config.load_config import load_config
 from longhaul.config.model_size import model_size
 from longhaul.planning import build_plan
 from tests.support.pipeline_run import REPOSITORY
-from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size
+from tests.support.tiny_model_sizes import TINY_QWEN3_MOE, tiny_size
 
 SHARED = {
     "vocab_size": 400,

@@ -15,7 +15,7 @@ import pytest
 from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel
 from longhaul.planning.activation_memory import activation_bytes, attention_mask_bytes, logits_bytes
-from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 TOKENS = 2 * 16
 NORMS = 16 * TOKENS * (4 + 2)

@@ -38,7 +38,7 @@ from longhaul.planning.check_feasibility import (
 )
 from longhaul.planning.gpu_memory import MemoryEstimate
 from tests.support.small_configs import write_config
-from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 GIB = 2**30
 

@@ -15,7 +15,7 @@ from longhaul.planning.check_parallel_layout import (
     pipeline_bubble,
     pipeline_bubble_warning,
 )
-from tests.support.tiny_sizes import TINY_LLAMA, TINY_QWEN3_MOE, tiny_stage
+from tests.support.tiny_model_sizes import TINY_LLAMA, TINY_QWEN3_MOE, tiny_stage
 
 POWERSGD = Communication(powersgd=PowerSgd())
 BF16_REDUCTION = Communication(data_type="bf16")

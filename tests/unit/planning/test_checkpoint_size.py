@@ -10,7 +10,7 @@ from longhaul.config.partition_config import NodeShape, Partition
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Parallel, Zero
 from longhaul.planning.checkpoint_size import checkpoint_bytes, checkpoint_write_s, files_per_checkpoint
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import tiny_size, tiny_stage
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("bf16", 14 * 1352), ("fp32", 16 * 1352)])

@@ -16,7 +16,7 @@ from longhaul.config.model_size import model_size
 from longhaul.config.stage_config import Parallel, Stage, Zero
 from longhaul.planning.gpu_memory import GIB, MemoryEstimate, estimate_gpu_memory
 from tests.support.pipeline_run import REPOSITORY
-from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 RESULTS = REPOSITORY / "bench/results"
 RECORDED = ("dense", "mixture")

@@ -13,7 +13,7 @@ from longhaul.config.site_config import Site
 from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory, needed_gib
 from longhaul.planning.memory_remedies import fitting_settings, smaller_settings
 from tests.support.small_configs import SITE, changed, plan_of
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import tiny_size, tiny_stage
 
 
 def remedy(limit: float, nodes: int = 2, **keys: Any) -> str:

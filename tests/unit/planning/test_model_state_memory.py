@@ -18,7 +18,7 @@ from longhaul.planning.model_state_memory import (
     optimizer_step_bytes,
     swap_buffer_bytes,
 )
-from tests.support.tiny_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import TINY_QWEN3_MOE, tiny_size, tiny_stage
 
 # 1000 parameters over 4 ranks: ZeRO settings, precision, and bytes of weights, gradients, optimizer, host and disk
 MODEL_STATES: dict[str, tuple[dict[str, Any], str, tuple[int, int, int, int, int]]] = {

@@ -9,9 +9,9 @@ import pytest
 
 from longhaul.config.load_config import load_config, load_site
 from longhaul.config.model_size import model_size
-from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
+from longhaul.config.well_known_models import REFERENCE_MODELS
 from longhaul.errors import UserError
 from longhaul.planning import build_plan, model_config
 from longhaul.planning.needed_nodes import USED_SHARE, WAYS, example_stage, node_counts, smallest_fits

@@ -13,7 +13,7 @@ from longhaul.config.stage_config import Zero
 from longhaul.planning.gpu_memory import estimate_gpu_memory, needed_gib
 from longhaul.planning.node_memory import PROCESS_BYTES, job_bytes, training_bytes
 from tests.support.small_configs import plan_of
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import tiny_size, tiny_stage
 from tests.unit.planning.test_save_mode import site
 
 OFFLOADED = {

@@ -16,7 +16,7 @@ from longhaul.planning.gpu_memory import GIB, estimate_gpu_memory
 from longhaul.planning.model_state_memory import snapshot_bytes
 from longhaul.planning.node_memory import PROCESS_BYTES
 from longhaul.planning.save_mode import node_memory_needed, synchronous_save_reason
-from tests.support.tiny_sizes import tiny_size, tiny_stage
+from tests.support.tiny_model_sizes import tiny_size, tiny_stage
 
 
 def site(

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from longhaul.config.hub_tensors import hub_tensors
-from longhaul.config.reference_models import REFERENCE_MODELS
+from longhaul.config.well_known_models import REFERENCE_MODELS
 from longhaul.planning.serving_memory import ServedModel, ServingLayout, ServingMemory, _layer_ranges
 from tests.support.small_configs import DEEPSEEK, LLAMA
 

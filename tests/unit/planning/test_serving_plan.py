@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from longhaul.config.load_config import load_site
-from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.serve_config import Serve
 from longhaul.config.site_config import Site
 from longhaul.config.site_serving_config import EngineName, Serving
 from longhaul.config.stage_config import Stage
+from longhaul.config.well_known_models import REFERENCE_MODELS
 from longhaul.errors import UserError
 from longhaul.planning.serving_plan import ServingPlan, can_split, plan_serving
 from tests.support.small_configs import DEEPSEEK, LLAMA, plan_of

@@ -19,7 +19,7 @@ from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.parity.parity_cases import MODELS
 from tests.support import compiled_layers_worker, compiled_zero3_worker
 from tests.support.launch_ranks import launch_worker
-from tests.support.tiny_sizes import tiny_stage
+from tests.support.tiny_model_sizes import tiny_stage
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 

@@ -22,7 +22,7 @@ from longhaul.train.activation_checkpointing import apply_activation_checkpointi
 from longhaul.train.compile_layers import compile_layers
 from longhaul.train.packed_attention import ATTENTION, can_skip_pairs, use_packed_attention
 from tests.parity.parity_cases import MODELS
-from tests.support.tiny_sizes import tiny_stage
+from tests.support.tiny_model_sizes import tiny_stage
 
 PACK = torch.cat([torch.arange(100), torch.arange(156)]).repeat(2, 1)
 WHOLE = torch.arange(256).repeat(2, 1)

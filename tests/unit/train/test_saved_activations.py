@@ -19,7 +19,7 @@ from longhaul.train.compile_layers import compile_layers
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
 from longhaul.train.parallel.expert_parallel import apply_expert_parallel
 from longhaul.train.parallel.parallel_dims import ParallelDims
-from tests.support.tiny_sizes import tiny_stage
+from tests.support.tiny_model_sizes import tiny_stage
 
 pytestmark = pytest.mark.usefixtures("dynamo")
 

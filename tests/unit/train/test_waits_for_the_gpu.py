@@ -27,7 +27,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.pipeline_parallel import PipelineLayers, keep_own_layers
 from tests.parity.parity_cases import MODELS
-from tests.support.tiny_sizes import tiny_stage
+from tests.support.tiny_model_sizes import tiny_stage
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "bincount", "_unique2", "is_nonzero"}
 """ATen operators whose result, or its size, the CPU reads from the device."""

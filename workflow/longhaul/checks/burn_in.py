@@ -12,7 +12,7 @@ import torch
 from longhaul.checks.hung_steps import GPUS
 from longhaul.checks.matrix_products import ExactProduct, synchronize
 from longhaul.checks.measurement_types import BurnIn
-from longhaul.checks.watched_parts import announce
+from longhaul.checks.run_parts_in_child import announce
 
 T = TypeVar("T")
 _PRODUCTS, _COPIES = 10, 5

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from longhaul.artifacts.fabric_report import CollectiveResult
 from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
 from longhaul.checks.pair_tournament import BrokenLinkError
-from longhaul.checks.watched_parts import announce
+from longhaul.checks.run_parts_in_child import announce
 from longhaul.errors import first_line
 
 _CHECKED_ROUNDS, _WARMUP_ROUNDS, _FEWEST_ROUNDS, _FEWEST_SINGLE_ROUNDS = 1, 3, 3, 5

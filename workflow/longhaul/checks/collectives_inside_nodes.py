@@ -15,7 +15,7 @@ from longhaul.artifacts.node_results import NodeResult, new_node_result
 from longhaul.checks.fabric_limits import BANDWIDTH, bandwidth_text, latency_text, wrong_values_text
 from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
-from longhaul.checks.watched_parts import announce
+from longhaul.checks.run_parts_in_child import announce
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
 if TYPE_CHECKING:

@@ -29,7 +29,7 @@ from longhaul.checks.node_connections import Connections, connect_to_others
 from longhaul.checks.node_facts import node_facts, node_parts, scratch_parts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
-from longhaul.checks.watched_parts import run_parts
+from longhaul.checks.run_parts_in_child import run_parts
 from longhaul.config.shipped_files import CONSTRAINTS
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.environment_job import EnvironmentSpec

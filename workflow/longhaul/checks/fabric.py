@@ -29,7 +29,7 @@ from longhaul.checks.packet_loss import grown_line
 from longhaul.checks.pair_evidence import loss_text, slow_node_line
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
-from longhaul.checks.watched_parts import HungStep, Part, Step, announce, run_parts
+from longhaul.checks.run_parts_in_child import HungStep, Part, Step, announce, run_parts
 from longhaul.errors import BadNodesError, UserError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank

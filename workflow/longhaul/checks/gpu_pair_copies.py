@@ -14,7 +14,7 @@ import torch
 from longhaul.checks.burn_in import copy_seconds
 from longhaul.checks.measurement_types import GpuPair
 from longhaul.checks.pair_schedule import order_of_rounds, pairs_of_round
-from longhaul.checks.watched_parts import announce
+from longhaul.checks.run_parts_in_child import announce
 
 Copy = Callable[[torch.Tensor, torch.Tensor], float]
 """Copies the second tensor into the first one, and returns the seconds that it took."""

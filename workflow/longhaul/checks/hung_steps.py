@@ -7,7 +7,7 @@ from typing import Any
 
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.build_check_rows import Component
-from longhaul.checks.watched_parts import HungStep, Subject
+from longhaul.checks.run_parts_in_child import HungStep, Subject
 
 HUNG_STEP = "step that hangs"
 GPUS = Subject(

@@ -37,8 +37,8 @@ from longhaul.checks.nvidia_gpu_facts import (
     with_processes_of,
 )
 from longhaul.checks.process_limits import lockable_bytes
+from longhaul.checks.run_parts_in_child import HungStep, Part, Step, announce
 from longhaul.checks.sysfs_files import read_text
-from longhaul.checks.watched_parts import HungStep, Part, Step, announce
 from longhaul.config.software_config import build_name
 from longhaul.errors import first_line
 from longhaul.jobs.container import SHARED_MEMORY
@@ -59,7 +59,7 @@ PROBE_BYTES = 4096
 
 
 def node_parts(job: EnvironmentSpec) -> list[Part]:
-    """Return the parts of the check of this node, for watched_parts.py."""
+    """Return the parts of the check of this node, for run_parts_in_child.py."""
     folder = Path(job.folder)
     return [
         # Before torch opens the GPUs: what runs on them now is not of this job.

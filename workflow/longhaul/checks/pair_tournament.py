@@ -31,7 +31,7 @@ from longhaul.checks.pair_schedule import (
     planned_seconds,
 )
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
-from longhaul.checks.watched_parts import announce
+from longhaul.checks.run_parts_in_child import announce
 from longhaul.errors import UserError, first_line
 from longhaul.runtime.call_with_deadline import call_within
 from longhaul.runtime.process_rank import Rank

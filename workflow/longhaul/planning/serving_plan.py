@@ -21,7 +21,7 @@ from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 from longhaul.planning.gpu_memory import GIB
-from longhaul.planning.served_networks import check_network, check_pipeline, mlp_widths
+from longhaul.planning.served_architectures import check_network, check_pipeline, mlp_widths
 from longhaul.planning.serving_memory import (
     ExportDtype,
     ServedModel,

@@ -7,9 +7,9 @@ from typing import Any
 from rich.table import Table
 
 from longhaul.config.model_size import model_size
-from longhaul.config.reference_models import REFERENCE_MODELS
 from longhaul.config.site_config import Site
 from longhaul.config.stage_config import Stage
+from longhaul.config.well_known_models import REFERENCE_MODELS
 from longhaul.planning import Plan, model_config
 from longhaul.planning.gpu_memory import GIB
 from longhaul.planning.needed_nodes import WAYS, Fit, example_stage, smallest_fits

@@ -38,8 +38,8 @@ _RESULT_KEY = "longhaul/rendezvous"
 _POLL_INTERVAL_S = 0.05
 _NAME_ANSWER_S = 30.0
 """A resolver asks its servers for up to so long. A daemon of the node between them may never answer."""
-_LOOKUP_S = 5.0
-"""The resolver waits as long for a name server before it asks again."""
+_LOOKUP_S = 10.0
+"""The resolver asks a name server that does not answer twice, and waits 5 s each time."""
 _NAME_SERVICE_S, _NAME_RETRY_INTERVAL_S = 5.0, 1.0
 """A busy name service may miss a question. So many seconds without an answer are a wrong name."""
 

@@ -1,6 +1,6 @@
 """Computes the experts of a mixture on GPUs: sorts tokens by expert and sums their outputs without atomic additions.
 
-transformers' grouped experts compute the same, but their backward pass sorts the rows again (parallel/rows_of_tokens.py).
+transformers' grouped experts compute the same, but their backward pass sorts the rows again (parallel/token_dispatch.py).
 
 N tokens, K experts for each token, S = N · K rows, sorted by expert, E experts of this rank, H hidden width.
 """
@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from longhaul.compat.transformers import apply_gate, grouped_linear
-from longhaul.train.parallel.rows_of_tokens import count_choices, read_rows, sort_by_choice, sum_weighted_rows
 from longhaul.train.parallel.sliced_parameters import decoder_layers
+from longhaul.train.parallel.token_dispatch import count_choices, read_rows, sort_by_choice, sum_weighted_rows
 
 _SUPPORTED = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
 """Attributes of transformers' experts modules. Other experts, for example of remote code, keep their own forward pass."""

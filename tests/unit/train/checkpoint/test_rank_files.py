@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longhaul.train.checkpoint.hashed_file import WriterThreads
+from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
 from longhaul.train.checkpoint.rank_files import RankFiles
 
 

@@ -17,7 +17,7 @@ from longhaul.compat.deepspeed import Engine, call_before_update
 from longhaul.errors import UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint import checkpoint_folders as folders
-from longhaul.train.checkpoint.hashed_file import WriterThreads
+from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.load_checkpoint import check_belongs_to, load_checkpoint
 from longhaul.train.checkpoint.rank_files import RankFiles

@@ -14,7 +14,7 @@ from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from safetensors import SafetensorError
 
 from longhaul.errors import DISK_FULL_ERRNOS
-from longhaul.train.checkpoint.hashed_file import HashedFile, WriterThreads
+from longhaul.train.checkpoint.checkpoint_file_writer import HashedFile, WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory, Snapshot
 
 

@@ -22,9 +22,9 @@ from longhaul.compat.deepspeed import Engine, save_without_recovery_script
 from longhaul.compat.deepspeed_optimizer_states import mapped_optimizer_states
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
+from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder
 from longhaul.train.checkpoint.extra_rank_state import rank_state, rank_state_file
-from longhaul.train.checkpoint.hashed_file import WriterThreads
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.load_checkpoint import TRAINING_STATE
 from longhaul.train.checkpoint.rank_files import RankFiles

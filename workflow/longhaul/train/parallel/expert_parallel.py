@@ -22,7 +22,8 @@ from longhaul.compat.deepspeed import deepspeed_moe_class, register_expert_group
 from longhaul.compat.transformers import take_over_shared_experts
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from longhaul.train.parallel.row_exchange import RowExchange
-from longhaul.train.parallel.rows_of_tokens import (
+from longhaul.train.parallel.sliced_parameters import decoder_layers, equal_range, slice_parameter
+from longhaul.train.parallel.token_dispatch import (
     Places,
     count_choices,
     read_few_rows,
@@ -33,7 +34,6 @@ from longhaul.train.parallel.rows_of_tokens import (
     sum_weighted_rows,
     summing_dtype,
 )
-from longhaul.train.parallel.sliced_parameters import decoder_layers, equal_range, slice_parameter
 
 
 def apply_expert_parallel(model: Any, dims: ParallelDims, is_zero3: bool = False) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longhaul.train.parallel.rows_of_tokens import (
+from longhaul.train.parallel.token_dispatch import (
     Places,
     count_choices,
     read_few_rows,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from longhaul.config.reference_models import REFERENCE_MODELS
+from longhaul.config.well_known_models import REFERENCE_MODELS
 
 OFFICIAL = json.loads((Path(__file__).parents[1] / "export" / "official_repositories.json").read_text())
 

@@ -13,14 +13,14 @@ from typing import IO, cast
 import pytest
 import torch
 
-from longhaul.train.checkpoint import hashed_file
-from longhaul.train.checkpoint.hashed_file import HashedFile, WriterThreads
+from longhaul.train.checkpoint import checkpoint_file_writer
+from longhaul.train.checkpoint.checkpoint_file_writer import HashedFile, WriterThreads
 
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[WriterThreads]:
-    monkeypatch.setattr(hashed_file, "_PART_BYTES", 1 << 12)
-    monkeypatch.setattr(hashed_file, "_COPIED_BYTES", 1 << 10)
+    monkeypatch.setattr(checkpoint_file_writer, "_PART_BYTES", 1 << 12)
+    monkeypatch.setattr(checkpoint_file_writer, "_COPIED_BYTES", 1 << 10)
     threads = WriterThreads()
     yield threads
     threads.stop()

@@ -20,8 +20,8 @@ import psutil
 import pytest
 from pydantic import TypeAdapter
 
-from longhaul.checks import watched_parts
-from longhaul.checks.watched_parts import HungStep, Part, Step, Subject, announce, run_parts
+from longhaul.checks import run_parts_in_child
+from longhaul.checks.run_parts_in_child import HungStep, Part, Step, Subject, announce, run_parts
 from longhaul.errors import BadNodesError
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
@@ -188,14 +188,14 @@ def test_parts_end_when_their_process_has_released_what_it_used(tmp_path: Path, 
         (tmp_path / "released").touch()
         os._exit(0)
 
-    monkeypatch.setattr(watched_parts, "exit_without_cleanup", end_slowly)
+    monkeypatch.setattr(run_parts_in_child, "exit_without_cleanup", end_slowly)
     run_parts([part("part", lambda _: 1)])
     assert (tmp_path / "released").exists()
 
 
 def test_message_that_the_kill_cuts_off_is_no_error():
     def die_in_the_middle(_: dict[str, Any]) -> None:
-        pipe = watched_parts._Announcer.pipe
+        pipe = run_parts_in_child._Announcer.pipe
         assert pipe
         os.write(pipe.fileno(), (1000).to_bytes(4, "big") + b"half of a message")
         os.kill(os.getpid(), signal.SIGKILL)
