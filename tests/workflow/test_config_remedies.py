@@ -10,7 +10,7 @@ from longhaul.data.check_first_rows import check_inputs
 from longhaul.errors import UserError
 from tests.support.remedies_in_source import record_places, remedies_in_source
 from tests.support.small_configs import CONFIG, SITE, changed, plan_of
-from tests.unit.test_table_of_remedies import FOLLOWED_ELSEWHERE, NOT_FOLLOWED, REMEDIES_OF_PLANS
+from tests.unit.test_every_remedy_is_followed import FOLLOWED_ELSEWHERE, NOT_FOLLOWED, REMEDIES_OF_PLANS
 from tests.workflow.bad_configs import CONFIGS, FILES, write_files
 from tests.workflow.config_remedies import REMEDIES, Remedy
 

@@ -416,6 +416,9 @@ FOLLOWED_ELSEWHERE = {
     "MASTER_ADDR must be this node and MASTER_PORT free": (
         "unit/runtime/test_rendezvous.py::test_port_in_use_is_reported_until_it_is_free"
     ),
+    "wait for its end, or remove the folder": (
+        "unit/planning/test_find_data_files.py::test_output_of_a_job_that_has_not_ended_is_refused"
+    ),
     "let the admins enter the nodes' addresses in the reverse zone": (
         "unit/runtime/test_rendezvous.py::test_a_slow_name_service_is_named_until_it_is_quick"
     ),
@@ -550,7 +553,7 @@ FOLLOWED_ELSEWHERE = {
         "unit/data/shards/test_tokenize_dataset.py::test_documents_without_anything_to_train_on_are_counted"
     ),
     "run again: the sources are then indexed again": (
-        "unit/data/shards/test_data_partitions.py::test_a_touched_source_is_accepted_and_a_changed_one_is_indexed_again"
+        "unit/data/shards/test_dataset_of_several_jobs.py::test_a_touched_source_is_accepted_and_a_changed_one_is_indexed_again"
     ),
     "wait until the program that writes it has finished": (
         "unit/data/shards/test_write_chunk.py::test_a_source_that_changes_is_refused_until_the_next_run"
