@@ -130,7 +130,7 @@ DEGRADED: dict[str, tuple[dict[str, Any], str, str]] = {
     "hot memory": ({"amdsmi_get_violation_status": violations(active_hbm_thrm=True)},
                    "warn", "slowdown: thermal slowdown by the memory, expected none"),
     "low power limit": ({"amdsmi_get_power_cap_info": {"power_cap": 500_000_000, "default_power_cap": 750_000_000}},
-                        "warn", "power limit: 500 W, expected 750 W; let the admins reset it (rocm-smi"),
+                        "warn", "power limit: 500 W, expected 750 W; let the admins reset it (amd-smi"),
     "locked clock": ({"amdsmi_get_clock_info": [LOW_CLOCK], "amdsmi_get_violation_status": violations()},
                      "warn", "clock of the shaders: 1000 MHz, expected >= 80% of the maximum, 2100 MHz; let the admins"),
     "foreign process": ({"amdsmi_get_gpu_process_list": [process(7, "python", 512), process(8, "opens all GPUs", 0)]},
@@ -169,7 +169,7 @@ MI250X_FAULTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "pending page": ({"amdsmi_get_gpu_bad_page_info": [RESERVED, PENDING]}, {"ras/gpu_vram_bad_pages": BAD_PAGES},
                      "fail", "bad pages of the memory: 1 out of use, 1 pending, expected 0; drain"),
     "low power limit": ({"amdsmi_get_power_cap_info": LOW_CAP}, {"hwmon/hwmon5/power1_cap": 450_000_000},
-                        "warn", "power limit: 450 W, expected 560 W; let the admins reset it (rocm-smi"),
+                        "warn", "power limit: 450 W, expected 560 W; let the admins reset it (amd-smi"),
 }  # fmt: skip
 
 
@@ -313,7 +313,12 @@ def test_files_of_the_driver_that_cannot_be_read_are_unknown_and_an_empty_list_o
             "unknown",
             "install the amdsmi",
         ),
-        (None, "amdsmi: no answer within 0.05 s", "warn", "a GPU may hang: run rocm-smi on the node, and drain it"),
+        (
+            None,
+            "amdsmi: no answer within 0.05 s",
+            "warn",
+            "a GPU may hang: run amd-smi or rocm-smi on the node, and drain it",
+        ),
     ],
 )
 def test_node_without_amdsmi_has_the_rows_of_the_files(

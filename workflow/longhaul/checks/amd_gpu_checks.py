@@ -12,14 +12,20 @@ from longhaul.checks.kernel_log import OPEN_LOG, KernelLog
 from longhaul.checks.nvidia_gpu_checks import NOT_OF_JOB, WATCH, clock_row, slowdown_result
 
 _STATE, _NO_STATE = "source of the GPUs' state", "slowdowns, clocks, processes and XGMI links"
-_RESET = "drain the node and reset the GPU (rocm-smi --gpureset); if it happens again, the GPU must be replaced"
-_RESET_POWER = "let the admins reset it (rocm-smi --resetpoweroverdrive), unless the site saves power on purpose"
-_RESET_CLOCK = "let the admins reset it: rocm-smi --resetclocks"
+_RESET = (
+    "drain the node and reset the GPU (amd-smi reset --gpureset, or rocm-smi --gpureset); if it happens again, the "
+    "GPU must be replaced"
+)
+_RESET_POWER = (
+    "let the admins reset it (amd-smi reset --power-cap, or rocm-smi --resetpoweroverdrive), unless the site saves power on "
+    "purpose"
+)
+_RESET_CLOCK = "let the admins reset it: amd-smi reset --clocks, or rocm-smi --resetclocks"
 _REMEDIES: dict[Cause, str] = {
     "not installed": "install the amdsmi of the node's ROCm in the job environment: pip install /opt/rocm/share/amd_smi",
     "no driver": "make /sys/module/amdgpu, /dev/kfd and /dev/dri of the node visible in the container, or let the admins load "
     "the driver amdgpu",
-    "no answer": "a GPU may hang: run rocm-smi on the node, and drain it if that does not return either",
+    "no answer": "a GPU may hang: run amd-smi or rocm-smi on the node, and drain it if that does not return either",
 }
 _NO_KERNEL_ERRORS = "no hardware errors and no resets of GPUs"
 _RESTART = "drain the node and restart it; if it happens again, the GPU must be replaced"

@@ -18,7 +18,7 @@ GPUS = Subject(
 GPU_DRIVER = Subject(
     "driver of the GPUs",
     90.0,  # NVML and amdsmi have 30 s each
-    "exclude the node: drain it, and restart it if nvidia-smi or rocm-smi does not return either",
+    "exclude the node: drain it, and restart it if nvidia-smi, amd-smi or rocm-smi does not return either",
 )
 RUN_FOLDER = Subject(
     "run folder",

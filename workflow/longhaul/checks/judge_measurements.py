@@ -47,7 +47,7 @@ def _exact_row(component: Component, device: BurnIn) -> CheckRow:
 
 
 def _no_burn_in_row(component: Component, error: str) -> CheckRow:
-    remedy = "exclude the node; its kernel log, and nvidia-smi or rocm-smi, show which GPU fails or is in use"
+    remedy = "exclude the node; its kernel log, and nvidia-smi, amd-smi or rocm-smi, show which GPU fails or is in use"
     return component.row("burn-in", error, "all GPUs compute", "fail", remedy)
 
 
