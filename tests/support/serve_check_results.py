@@ -13,7 +13,7 @@ SAME_TEXT = Agreement(
     same_text=0.875,
     least_same_text=0.75,
 )
-"""Of an engine that returns no log probabilities."""
+"""The answers of an engine that returns no log probabilities."""
 SCORES = Agreement(
     compared=62,
     mean_difference=0.0002,

@@ -127,10 +127,6 @@ def test_error_of_a_part_is_raised_as_it_is():
     assert (raised.value.nodes, raised.value.hint) == (["n1"], "exclude it")
 
 
-def test_nothing_is_announced_where_nobody_watches():
-    announce("a step", [1])
-
-
 def raise_unknown_class() -> None:
     class Unknown(Exception):
         pass

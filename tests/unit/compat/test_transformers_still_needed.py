@@ -85,7 +85,7 @@ def test_the_parts_of_grouped_experts_have_no_public_names():
 
 
 def test_shared_experts_are_computed_after_the_routed_ones():
-    """What take_over_shared_experts replaces: both classes compute the same."""
+    """take_over_shared_experts replaces this forward pass, which is the same in both classes."""
     from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
     from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE
 

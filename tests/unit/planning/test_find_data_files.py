@@ -46,7 +46,7 @@ def test_a_folder_has_no_readme_no_license_and_nothing_hidden(tmp_path: Path):
 
 
 MARKERS = ["_SUCCESS", "_common_metadata", "_metadata", "_committed_6841", "_started_6841", "part-0.parquet.crc"]
-"""What Spark, Hadoop and Databricks leave beside the data of a job."""
+"""Files that Spark, Hadoop and Databricks leave beside the data of a job."""
 
 
 def test_a_folder_has_no_markers_of_spark_and_hadoop(tmp_path: Path):

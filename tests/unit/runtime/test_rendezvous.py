@@ -104,7 +104,7 @@ def test_missing_rank_0_is_reported_with_its_address():
 
 
 def test_interface_that_does_not_exist_is_reported_until_another_is_set():
-    """Of the nodes' interfaces, this machine has lo alone for certain."""
+    """The interface lo exists on every machine; that of the nodes does not."""
     (output,) = start([0], 1, GLOO_SOCKET_IFNAME="none0")
     assert "rank 0 cannot open gloo connections" in output
     assert (

@@ -177,9 +177,8 @@ def _shared_folder_times(rank: Rank, folder: Path) -> dict[str, float | None]:
 
     prefix = f".shared-test-{_gather(uuid.uuid4().hex, rank)[0]}"
     files = [folder / f"{prefix}-{number}" for number in range(rank.world_size)]
-    with suppress(
-        OSError
-    ):  # the write test reports this error; a folder that hangs from now on is one that sees no files
+    # The write test reports an OSError. A folder that hangs only now sees no files, and its row says so.
+    with suppress(OSError):
         call_within(RUN_FOLDER.limit_s, files[rank.rank].touch)
     dist.barrier()
     looked_for = files if rank.is_main else files[:1]

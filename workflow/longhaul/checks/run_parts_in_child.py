@@ -34,7 +34,7 @@ _RELEASED_S = 30.0
 
 @dataclass(frozen=True)
 class Subject:
-    """What steps of a check use, and how many seconds a step may take. A slow but healthy node stays far below the limit."""
+    """A resource that steps of a check use, and the seconds that a step may take: far more than a slow but healthy node needs."""
 
     name: str
     limit_s: float

@@ -306,9 +306,8 @@ class JobEvents:
         for job in filter(None, map(self.to_run.get, self._failed)):
             cancel_next_attempt(job)
         if (to_run := read_jobs_to_run(self._paths)).left:
-            with suppress(
-                OSError
-            ):  # a full disk must not hide why the job failed; the record only gives the status its words
+            # A full disk must not hide why the job failed. The record only gives the status its words.
+            with suppress(OSError):
                 replace(to_run, invocation="").write(self._paths.jobs_to_run)
 
     def _starts_again(self, number: int) -> str | None:

@@ -21,7 +21,7 @@ from longhaul.train.parallel.token_dispatch import (
 )
 
 CHOSEN = torch.tensor([[2, 0, 1], [0, 3, 3], [1, 3, 0]])
-"""Of 0, 1 and 2. The number 3 is no choice."""
+"""A token chooses 0, 1 or 2. The number 3 stands for no choice."""
 ROWS = 6
 
 

@@ -231,7 +231,7 @@ def _sum_over_ranks(sums_BH: torch.Tensor, places: Places, *of_shared: torch.Ten
 
 
 class Parts(NamedTuple):
-    """What is computed before, between and after the exchanges."""
+    """The functions that compute before, between and after the exchanges. `compile_parts` compiles them."""
 
     sort_by_rank: Callable[..., tuple[Places, torch.Tensor]] = _sort_by_rank
     make_rows: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _make_rows
