@@ -36,16 +36,16 @@ def _(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("longhaul::exchange_rows", mutates_args=())
-def _exchange_rows(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-    arrived = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(arrived, rows.contiguous(), received, sent, group=_GROUPS[group])
+@torch.library.custom_op("longhaul::exchange_blocks", mutates_args=())
+def _exchange_blocks(blocks: torch.Tensor, group: str) -> torch.Tensor:
+    arrived = torch.empty_like(blocks, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(arrived, blocks.contiguous(), group=_GROUPS[group])
     return arrived
 
 
-@_exchange_rows.register_fake
-def _(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-    return rows.new_empty((sum(received), *rows.shape[1:]))
+@_exchange_blocks.register_fake
+def _(blocks: torch.Tensor, group: str) -> torch.Tensor:
+    return torch.empty_like(blocks, memory_format=torch.contiguous_format)
 
 
 class _CopyToGroup(torch.autograd.Function):
@@ -71,13 +71,13 @@ class _SumOverGroup(torch.autograd.Function):
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchange_rows(rows, sent, received, group)
+    def forward(ctx: Any, blocks: torch.Tensor, group: str) -> torch.Tensor:
+        ctx.group = group
+        return _exchange_blocks(blocks, group)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _exchange_rows(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
+        return _exchange_blocks(gradients[0], ctx.group), None
 
 
 def copy_to_group(tensor: torch.Tensor, group: str) -> torch.Tensor:
@@ -90,12 +90,9 @@ def sum_over_group(tensor: torch.Tensor, group: str) -> torch.Tensor:
     return _SumOverGroup.apply(tensor, group)  # pyright: ignore[reportReturnType]
 
 
-def all_to_all(rows: torch.Tensor, sent: list[int], received: list[int], group: str) -> torch.Tensor:
-    """Exchange rows among the ranks of the named group, in the order of its ranks.
+def all_to_all(blocks: torch.Tensor, group: str) -> torch.Tensor:
+    """Return the blocks that the ranks of the named group sent to this one [ranks, …]. Block i of `blocks` goes to rank i.
 
-    rows:     [sum(sent), …], sorted by the rank that gets them
-    sent:     number of rows for each rank
-    received: number of rows from each rank
-    Returns the received rows [sum(received), …].
+    Rows whose number differs between ranks are exchanged by row_exchange.py.
     """
-    return _AllToAll.apply(rows, sent, received, group)  # pyright: ignore[reportReturnType]
+    return _AllToAll.apply(blocks, group)  # pyright: ignore[reportReturnType]

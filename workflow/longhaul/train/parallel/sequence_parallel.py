@@ -78,7 +78,7 @@ def _gather_tokens(x_BNSD: torch.Tensor, ranks: int, group: str) -> torch.Tensor
     batch, heads, length, width = x_BNSD.shape
     # One block of heads for each rank: [P, B, N / P, S / P, D].
     blocks = x_BNSD.view(batch, ranks, heads // ranks, length, width).transpose(0, 1).contiguous()
-    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, group)
+    exchanged = all_to_all(blocks, group)
     return exchanged.permute(1, 2, 0, 3, 4).reshape(batch, heads // ranks, ranks * length, width)
 
 
@@ -87,5 +87,5 @@ def _gather_heads(x_BSND: torch.Tensor, ranks: int, group: str) -> torch.Tensor:
     batch, length, heads, width = x_BSND.shape
     # One block of tokens for each rank: [P, B, S / P, N / P, D].
     blocks = x_BSND.view(batch, ranks, length // ranks, heads, width).transpose(0, 1).contiguous()
-    exchanged = all_to_all(blocks, [1] * ranks, [1] * ranks, group)
+    exchanged = all_to_all(blocks, group)
     return exchanged.permute(1, 2, 0, 3, 4).reshape(batch, length // ranks, ranks * heads, width)
