@@ -1,6 +1,7 @@
 """Captures the decoder layers of every sliced layout on two ranks, and compares with layers that are not captured.
 
-It prints one line for each layout: "LAYOUT <name> <graphs> <largest relative difference of a gradient>".
+It prints one line for each layout: "LAYOUT <name> <graphs> <largest relative difference of a gradient>", and for each one with
+divided experts "STEPS <name> <number of graphs after each of some steps>".
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from longhaul.train.parallel.slice_model import build_sliced_model
 from tests.parity.parity_cases import MODELS
 from tests.support.tiny_model_sizes import tiny_stage
 
-RANKS, LENGTH = 2, 16
+RANKS, LENGTH, STEPS = 2, 16, 5
 LAYOUTS: dict[str, tuple[str, dict[str, int], str]] = {
     "tensor": ("llama", {"tensor": 2}, "none"),
     "tensor, latent attention": ("deepseek_v3", {"tensor": 2}, "none"),
@@ -49,11 +50,27 @@ def gradients(name: str, captures: bool) -> tuple[dict[str, torch.Tensor], dict[
     if captures:
         use_experts_for_gpus(model)
         compile_layers(model, "aot_eager")
-    batch = _batch(model, dims)
-    engine: Any = _Engine(model)
+    engine, batch = _Engine(model), _batch(model, dims)
     loss_sum(engine, batch, dims).backward()
     found = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
     return found, load.finish_step(torch.ones(()))
+
+
+def graphs_after_steps(name: str) -> list[int]:
+    """Return the number of graphs after each step; the tokens, and so the number of rows for each rank, are others in each."""
+    import torch._dynamo
+
+    model_name, axes, checkpointing = LAYOUTS[name]
+    dims = build_parallel_dims(Parallel(**axes), dist.get_rank(), RANKS)
+    model = _build(model_name, dims)
+    apply_activation_checkpointing(model, checkpointing)
+    use_experts_for_gpus(model)
+    compile_layers(model, "aot_eager")
+    engine, graphs = _Engine(model), list[int]()
+    for step in range(STEPS):
+        loss_sum(engine, _batch(model, dims, seed=RANKS * step + dist.get_rank()), dims).backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return graphs
 
 
 class _Engine(torch.nn.Module):
@@ -81,9 +98,11 @@ def _build(name: str, dims: ParallelDims) -> Any:
     return model.train()
 
 
-def _batch(model: Any, dims: ParallelDims) -> MicroBatch:
-    """Return two packed rows, of which this rank computes its tokens."""
+def _batch(model: Any, dims: ParallelDims, seed: int | None = None) -> MicroBatch:
+    """Return two packed rows, of which this rank computes its tokens; random ones with a seed."""
     ids = torch.arange(2, 2 + 2 * LENGTH).view(2, LENGTH)
+    if seed is not None:
+        ids = ids.flatten()[torch.randint(ids.numel(), ids.shape, generator=torch.Generator().manual_seed(seed))]
     positions = torch.cat([torch.arange(10), torch.arange(LENGTH - 10)]).repeat(2, 1)
     batch = MicroBatch(ids, ids + 1, positions)
     if dims.parallel.sequence == 1:
@@ -111,6 +130,10 @@ def compare_layouts() -> Iterator[str]:
         assert all("torch.compiler.disable" in reason for reason in breaks), (name, breaks)
         graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         yield f"LAYOUT {name}: {graphs} graphs, {largest_difference(found, expected):.1e}"
+        if "expert" in LAYOUTS[name][1]:
+            torch._dynamo.reset()
+            torch._dynamo.utils.counters.clear()
+            yield f"STEPS {name}: {graphs_after_steps(name)}"
 
 
 def main() -> None:

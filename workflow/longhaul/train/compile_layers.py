@@ -90,8 +90,10 @@ class CompiledForward:
             module.compile_parts(partial(compile_part, backend))
         self._checkpoint = take_over_activation_checkpointing(layer) if breaking else None
         layer.is_checkpointed_outside_of_graphs = self._checkpoint is not None
+        # While a function that was compiled with dynamic=False runs, torch compiles for one size whatever is called in it. So
+        # layers with parts of their own find out what differs, too (None).
         self._compiled: Callable[..., object] = torch.compile(
-            layer.forward, backend=backend, fullgraph=not breaking, dynamic=False
+            layer.forward, backend=backend, fullgraph=not breaking, dynamic=None if breaking else False
         )
 
     def __call__(self, *arguments: object, **named: object) -> object:

@@ -201,9 +201,9 @@ def _sort_by_expert(choices_RC: torch.Tensor, pairs: int, first_expert: int, loc
     expert_RK = number_RK.detach().long() - first_expert
     is_local_RK = (expert_RK >= 0) & (expert_RK < local_experts)
     expert_RK = torch.where(is_local_RK, expert_RK, local_experts)
-    places = sort_some_by_choice(expert_RK, local_experts)
-    order_P = places.order_S[:pairs]
-    return PairsOfRows(places._replace(order_S=order_P), weights_RK, expert_RK.flatten()[order_P])
+    order_S, place_RK, has_rests = sort_some_by_choice(expert_RK, local_experts)
+    order_P = order_S[:pairs]
+    return PairsOfRows(Places(order_P, place_RK, has_rests), weights_RK, expert_RK.flatten()[order_P])
 
 
 def _read_for_experts(rows_RH: torch.Tensor, pairs: PairsOfRows) -> torch.Tensor:

@@ -107,7 +107,9 @@ def _sum_few_rows(rows_SW: torch.Tensor, token_S: torch.Tensor, tokens: int) -> 
 
 def _sum_rows(rows_SW: torch.Tensor, place_NK: torch.Tensor, has_rests: bool) -> torch.Tensor:
     rows_NKW = _rows_of_choices(rows_SW, place_NK, has_rests)
-    return rows_NKW.sum(1, dtype=summing_dtype(rows_SW.dtype)).to(rows_SW.dtype)
+    sums_NW = rows_NKW.sum(1, dtype=summing_dtype(rows_SW.dtype))
+    # Compiled code of torch 2.11 loses the gradient of a function that ends with a conversion that changes nothing.
+    return sums_NW if sums_NW.dtype == rows_SW.dtype else sums_NW.to(rows_SW.dtype)
 
 
 class _ReadRows(torch.autograd.Function):
