@@ -133,6 +133,15 @@ def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Pat
     assert RuleSettings(plan_of(tmp_path / "cpu", changes, local)).threads("tokenizer")(SimpleNamespace()) == 8
 
 
+def test_a_local_job_with_gpus_takes_all_cores_so_that_no_other_uses_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    local = {"scheduler": "local", "partitions.0.max_nodes": 1, "partitions.0.node.cpus": 8}
+    settings = RuleSettings(plan_of(tmp_path, {"stages.0.gpus_per_node": 1}, local))
+    monkeypatch.setattr(os, "cpu_count", lambda: 32)
+    assert settings.threads("train")(BASE) == settings.threads("environment")(SimpleNamespace()) == 32
+
+
 def test_params_are_the_launch_script_and_a_hash_of_the_spec(tmp_path: Path):
     def spec(changes: dict[str, object]) -> str:
         return RuleSettings(plan_of(tmp_path, changes)).params("export")["spec"](BASE)

@@ -215,11 +215,18 @@ class RuleSettings:
         return self._plan
 
     def threads(self, kind: str) -> Callable[[object], int]:
-        """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it."""
+        """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it.
+
+        A job with GPUs takes all cores. Without Slurm, nobody else keeps two jobs from the same GPUs. Snakemake takes less
+        where it has fewer cores.
+        """
 
         def threads(wildcards: object) -> int:
+            if self._plan.site.scheduler != "local":
+                return 1
             request = job_request(self._plan, job_kinds()[kind].job_id(wildcards))
-            return request.tasks * request.cpus_per_task if self._plan.site.scheduler == "local" else 1
+            cores = request.tasks * request.cpus_per_task
+            return max(cores, os.cpu_count() or 1) if request.gpus_per_node else cores
 
         return threads
 
