@@ -186,6 +186,7 @@ ROWS = [
     Row("mixture on 2 GPUs/longhaul, experts over 2, micro batch 8", "longhaul", _two(_stage(8), **EXPERTS)),
     Row("mixture on 2 GPUs/longhaul, experts over 2, full recompute", "longhaul", _two(_stage(8), **EXPERTS, **FULL)),
     Row("losses on 2 GPUs/longhaul, ZeRO 1", "longhaul", _two(_losses())),
+    Row("losses on 2 GPUs/longhaul, ZeRO 1, other attention kernel", "longhaul", _two(_losses())),
     Row("losses on 2 GPUs/longhaul, ZeRO 3", "longhaul", _two(_losses(), zero={"stage": 3})),
     Row("losses on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_losses(), zero={"stage": 3}, **FULL)),
 ]

@@ -69,7 +69,7 @@ def _measure(row: Row, job: TrainSpec, folder: Path) -> dict[str, Any]:
     return {
         **times,
         "tokens_per_s": tokens / statistics.median(seconds),
-        "spread": (max(seconds) - min(seconds)) / statistics.median(seconds),
+        "tokens_per_s_of_blocks": [round(tokens / each) for each in seconds],
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0,
         "first_step_s": first_step_s,
     }

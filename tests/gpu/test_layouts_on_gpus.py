@@ -51,18 +51,27 @@ VARIANTS = {**EXACT, **ROUNDED, **LOSSY}
 
 
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
-    """Return one run with a stage for every variant."""
-    return run_variants(tmp_path_factory.mktemp("layouts"), VARIANTS, model=MODELS["deepseek_v3"])
+def chain(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> PipelineRun:
+    """Return one run with a stage for every variant that `-k` selects, and for the baseline."""
+    asked = {item.name for item in request.session.items}
+    chosen = {
+        name: keys
+        for name, keys in VARIANTS.items()
+        if name == BASELINE or f"{test_every_layout_has_the_same_losses.__name__}[{name}]" in asked
+    }
+    return run_variants(tmp_path_factory.mktemp("layouts"), chosen, model=MODELS["deepseek_v3"])
 
 
 @pytest.fixture(scope="module")
-def record() -> Iterator[list[str]]:
+def record(request: pytest.FixtureRequest) -> Iterator[list[str]]:
     """Collect lines for bench/results/gpu_layouts.txt."""
     lines = [describe_gpus()]
     yield lines
+    selected = request.config.option.keyword
+    command = f"pytest tests/gpu/test_layouts_on_gpus.py -k '{selected}'" if selected else "make test-gpu"
     write_result(
-        "gpu_layouts", ["command: make test-gpu", *describe_machine(("torch", "deepspeed", "transformers"))[1:], *lines]
+        "gpu_layouts",
+        [f"command: {command}", *describe_machine(("torch", "deepspeed", "transformers"))[1:], *lines],
     )
 
 
