@@ -47,7 +47,7 @@ TESTS = (
     "tests/unit/train/test_lr_schedule.py",
     "tests/unit/data/sampling",
     "tests/unit/artifacts/test_leases.py",
-    "tests/unit/artifacts/test_clocks.py",
+    "tests/unit/artifacts/test_clocks_that_differ_between_hosts.py",
 )
 SLOW_TESTS = "tests/unit/data/sampling/test_document_isolation.py"
 SHARED_FILES = ("Snakefile", "bench", "config", "envs", "profiles", "templates", "tests", "workflow/rules")

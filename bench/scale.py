@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.machine import describe_machine, write_result
-from bench.scale_run_records import measure_failed_rank, measure_records
+from bench.scale_records_and_failure_reports import measure_failed_rank, measure_records
 from bench.simulated_ranks import (
     HEARTBEAT_TIMEOUT_S,
     MISSING_TIMEOUT_S,

@@ -22,7 +22,7 @@ from longhaul.errors import UserError
 from tests.parity import reference_loop
 from tests.parity.parity_cases import BF16, FP32, LAYOUTS, TABLES, TASKS, Case, all_cases
 from tests.parity.prepare_case import STEPS, prepare_case, run_config
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.support.launch_ranks import launch_worker
 
 HERE = Path(__file__).resolve().parent

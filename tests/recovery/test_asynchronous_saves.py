@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
 SLOW = {"seconds": 0.5}

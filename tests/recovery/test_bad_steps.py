@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.faults.doctor_answers import assert_doctor_names_from_log
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
 NAN = float("nan")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
 pytestmark = pytest.mark.slow

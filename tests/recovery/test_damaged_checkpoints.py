@@ -14,7 +14,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint, Export
 from longhaul.artifacts.atomic_files import file_sha256, write_json
 from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
 from tests.faults.doctor_answers import assert_doctor_names_from_log
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 
 NEWEST, BEFORE = "step-00000006", "step-00000003"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import HALF, TrainedStage, train
 
 

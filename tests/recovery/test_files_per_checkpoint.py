@@ -11,7 +11,7 @@ import pytest
 from longhaul.artifacts.reference_files import REFERENCE_FILES
 from longhaul.config.load_config import load_config
 from longhaul.planning import build_plan
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 
 SHORT = {

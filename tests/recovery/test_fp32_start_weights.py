@@ -14,7 +14,7 @@ from longhaul.artifacts.artifact_schemas import Checkpoint
 from longhaul.checkpoint_io import open_master_weights
 from longhaul.export import export_checkpoint as export
 from tests.parity.prepare_case import prepare_case
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import STEPS, TrainedStage, train
 
 MODEL = "deepseek_v3"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from longhaul.artifacts.line_record_fields import read_events
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
 

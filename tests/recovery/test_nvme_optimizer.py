@@ -12,7 +12,7 @@ from longhaul.config.architectures import Model
 from longhaul.config.model_size import model_size
 from longhaul.runtime.swap_folders import swap_root
 from tests.parity.parity_cases import MODELS
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.test_resharding import assert_same_state
 from tests.recovery.trained_stages import HALF, RUN, STEPS, TrainedStage, train
 

@@ -10,7 +10,7 @@ from deepspeed.runtime.swap_tensor.utils import MIN_AIO_BYTES
 
 from longhaul.planning.constants_shared_with_trainer import SWAP_MIN_BYTES, SWAP_PARAM_BUFFERS
 from tests.parity.parity_cases import MODELS
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.test_resharding import assert_same_state
 from tests.recovery.trained_stages import TrainedStage, train
 from tests.support.several_stages_in_one_process import MIN_SWAPPED_BYTES

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from longhaul.checkpoint_io import open_master_weights, open_optimizer_state
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import HALF, STEPS, TrainedStage, train
 
 Layout = tuple[int, int, dict[str, int]]

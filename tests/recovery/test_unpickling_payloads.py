@@ -18,7 +18,7 @@ from longhaul.checkpoint_io import open_master_weights, open_optimizer_state
 from longhaul.errors import UserError
 from longhaul.export import export_checkpoint
 from tests.parity.prepare_case import prepare_case
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 from tests.support.unpickling_payloads import adjust_manifest, put_payload, put_payload_in_checkpoint
 

@@ -50,7 +50,7 @@ FOLLOWED_ELSEWHERE = {
     "if it is certainly dead: rm ": ("unit/artifacts/test_leases.py::test_refusal_names_the_owner_and_the_remedy"),
     "restore it, then run again": ("unit/data/shards/test_write_chunk.py::test_a_source_that_is_removed_is_reported"),
     "move it away, or run with another --directory": (
-        "workflow/test_bad_calls.py::test_results_folder_that_cannot_be_created_is_reported"
+        "workflow/test_command_line_mistakes.py::test_results_folder_that_cannot_be_created_is_reported"
     ),
     "name another file with --out, or move it away": (
         "unit/scheduling/test_detect_site.py::test_existing_file_is_refused_until_it_is_moved_away"
@@ -250,10 +250,10 @@ FOLLOWED_ELSEWHERE = {
         "unit/scheduling/test_find_software.py::test_missing_path_is_refused_on_this_machine_until_it_is_right_and_is_a_warning_on_a_cluster"
     ),
     "scheduling/job_verbs.py: use one of {}": (
-        "workflow/test_bad_calls.py::test_a_job_runs_after_its_kind_and_its_file_are_named_as_the_remedies_say"
+        "workflow/test_command_line_mistakes.py::test_a_job_runs_after_its_kind_and_its_file_are_named_as_the_remedies_say"
     ),
     "scheduling/job_verbs.py: name {}": (
-        "workflow/test_bad_calls.py::test_a_job_runs_after_its_kind_and_its_file_are_named_as_the_remedies_say"
+        "workflow/test_command_line_mistakes.py::test_a_job_runs_after_its_kind_and_its_file_are_named_as_the_remedies_say"
     ),
     "name one of {} in the site file": (
         "unit/scheduling/test_master_address.py::test_missing_interface_is_refused_until_one_that_exists_is_named"
@@ -316,16 +316,16 @@ FOLLOWED_ELSEWHERE = {
         "unit/scheduling/test_slurm_client.py::test_missing_slurm_command_is_named_until_it_is_on_the_path"
     ),
     "scheduling/snakefile_functions.py: name one: exactly": (
-        "workflow/test_bad_calls.py::test_after_the_remedy_snakemake_plans_the_run"
+        "workflow/test_command_line_mistakes.py::test_after_the_remedy_snakemake_plans_the_run"
     ),
     "write it into the config file: exactly one file": (
-        "workflow/test_bad_calls.py::test_after_the_remedy_snakemake_plans_the_run"
+        "workflow/test_command_line_mistakes.py::test_after_the_remedy_snakemake_plans_the_run"
     ),
     "scheduling/snakefile_functions.py: drop the option: ": (
-        "workflow/test_bad_calls.py::test_after_the_remedy_snakemake_plans_the_run"
+        "workflow/test_command_line_mistakes.py::test_after_the_remedy_snakemake_plans_the_run"
     ),
     "scheduling/snakefile_functions.py: use --profile ": (
-        "workflow/test_bad_calls.py::test_after_the_remedy_snakemake_plans_the_run"
+        "workflow/test_command_line_mistakes.py::test_after_the_remedy_snakemake_plans_the_run"
     ),
     # artifacts, cli
     "artifacts/atomic_files.py: name a file": (
@@ -389,7 +389,7 @@ FOLLOWED_ELSEWHERE = {
         "unit/jobs/test_launch_files.py::test_folders_that_pyxis_mounts_are_created_before_the_first_job_or_others_are_named"
     ),
     "run in a folder whose name has no quotes, $, % or line breaks": (
-        "workflow/test_bad_calls.py::test_working_folder_with_unusable_name_is_reported_until_it_has_another"
+        "workflow/test_command_line_mistakes.py::test_working_folder_with_unusable_name_is_reported_until_it_has_another"
     ),
     "call it in the working folder of a run whose environment check": (
         "unit/report/test_node_history.py::test_folder_without_results_is_named_until_a_check_has_run"

@@ -17,9 +17,9 @@ import yaml
 from longhaul.cli import main
 from longhaul.config.run_config import Config
 from longhaul.config.site_config import Site
+from tests.support.check_user_errors import files_below, refused_message, snakemake
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.small_configs import DEEPSEEK, DEEPSEEK_V2, EMPTY_SAFETENSORS, LLAMA, write_config, write_weights
-from tests.support.user_errors import files_below, refused_message, snakemake
 from tests.workflow.bad_configs import CONFIGS, FILES, write_files
 
 KEYS = {*Config.model_fields, *Site.model_fields}

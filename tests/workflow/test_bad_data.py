@@ -16,8 +16,8 @@ import pytest
 from longhaul.cli import main
 from longhaul.data.tokenizers.build_tokenizer import DEFAULT_CHAT_TEMPLATE, EOS
 from longhaul.jobs.job_spec import JobSpec
+from tests.support.check_user_errors import files_below, refused_message
 from tests.support.corpora import conversation, dataset, make_tokenizer, text, tokenize_job, tokenizer_job, write_jsonl
-from tests.support.user_errors import files_below, refused_message
 
 
 @pytest.fixture(scope="module")

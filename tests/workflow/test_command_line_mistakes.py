@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from longhaul.cli import main
+from tests.support.check_user_errors import files_below, refused_message, snakemake
 from tests.support.corpora import dataset, make_tokenizer, text, tokenize_job, write_jsonl
 from tests.support.pipeline_run import REPOSITORY
 from tests.support.run_module_in_forks import ForkedModule
 from tests.support.small_configs import LOCAL, write_config
 from tests.support.supervised_job import folder_of, write_job
-from tests.support.user_errors import files_below, refused_message, snakemake
 
 CALLS: dict[str, tuple[dict[str, Any], dict[str, Any], list[str], str]] = {
     "mistake in the config": ({"stages.0.steps": 0}, {}, [], "stages.base.steps is 0"),

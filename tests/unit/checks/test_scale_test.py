@@ -18,7 +18,7 @@ from longhaul.jobs.kinds.scale_test_job import ScaleTestSpec
 from longhaul.planning.scale_test_sizes import PROFILED_STEPS, STEPS, WARM_UP_STEPS
 from longhaul.train import train_few_steps
 from longhaul.train.train_few_steps import MeasuredSteps
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.support.launch_ranks import run_worker
 from tests.support.small_configs import base_stage
 

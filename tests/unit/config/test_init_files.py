@@ -15,8 +15,8 @@ from longhaul.config.init_files import EXAMPLES, copy_start_files, names_in
 from longhaul.config.load_config import SITES, load_config, load_site
 from longhaul.errors import UserError
 from longhaul.planning import build_plan
+from tests.support.check_user_errors import refused_message
 from tests.support.local_model import write_local_files
-from tests.support.user_errors import refused_message
 
 
 @pytest.mark.parametrize("example", names_in(EXAMPLES))

@@ -13,9 +13,9 @@ from longhaul.config.site_serving_config import ENGINE_PACKAGES
 from longhaul.errors import UserError
 from longhaul.jobs.job_kind import job_kinds
 from longhaul.scheduling.check_site import check_run, check_site, example_plan, print_answers
+from tests.support.check_user_errors import refused_message
 from tests.support.small_configs import LOCAL, SITE, plan_of, write_config
 from tests.support.supervised_job import fake_program
-from tests.support.user_errors import refused_message
 
 CORES = {"jobs": ["cpu"], "name": "cores", "account": "poor", "max_minutes": 60, "node": {"cpus": 8, "memory_mb": 8000}}
 SBATCH = """#!/bin/sh

@@ -19,9 +19,9 @@ from longhaul.scheduling.detect_site import detect_site
 from longhaul.scheduling.fast_interfaces import fast_interfaces
 from longhaul.scheduling.find_partitions import FoundCluster, FoundPartition, found_partitions, places
 from longhaul.scheduling.site_file_text import site_text
+from tests.support.check_user_errors import refused_message
 from tests.support.fake_nvidia_smi import fake_nvidia_smi
 from tests.support.supervised_job import fake_program
-from tests.support.user_errors import refused_message
 
 PARTITIONS = """\
 PartitionName=boost AllowAccounts=ALL AllowQos=long,short Default=NO MaxNodes=64 MaxTime=1-00:00:00 State=UP OverSubscribe=NO

@@ -17,8 +17,8 @@ from longhaul.artifacts.paths import RunPaths
 from longhaul.cli import main
 from longhaul.scheduling import run_verb
 from longhaul.scheduling.snakemake_main import NEW_FOLDER_OPTION
+from tests.support.check_user_errors import refused_message
 from tests.support.small_configs import LOCAL, write_config
-from tests.support.user_errors import refused_message
 
 LEASE = Path("results/small.lease.json")
 

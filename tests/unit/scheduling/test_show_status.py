@@ -12,10 +12,10 @@ from longhaul.artifacts.paths import JobId
 from longhaul.cli import main
 from longhaul.scheduling import show_status
 from longhaul.scheduling.show_status import run_paths
+from tests.support.check_user_errors import refused_message
 from tests.support.finished_run_files import write_finished_run
 from tests.support.run_folder import TRAIN, RunFolder
 from tests.support.small_configs import LOCAL, write_config
-from tests.support.user_errors import refused_message
 
 
 def test_report_of_a_config_is_that_of_its_run(

@@ -75,7 +75,7 @@ def test_many_chunks_in_half_precision_do_not_lose_precision_of_the_weights_grad
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_vocabulary_sliced_over_ranks_gives_the_same(tmp_path: Path, ranks: int):
-    run_worker(Path(__file__).parents[2] / "support" / "chunk_worker.py", ranks, str(tmp_path))
+    run_worker(Path(__file__).parents[2] / "support" / "chunked_loss_worker.py", ranks, str(tmp_path))
     found = load_file(tmp_path / f"ranks{ranks}.safetensors")
     loss, hidden, weight = whole()
     assert relative(found["loss"], loss) <= 1e-6

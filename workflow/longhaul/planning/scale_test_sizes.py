@@ -1,7 +1,7 @@
-"""Plans the scale test: the first stage on fewer nodes, with the micro batch and accumulation of its full size.
+"""Plans the scale test: numbers of nodes, warm-up and measured steps, and the first stage with the batch of each number.
 
-The work of a GPU is then the same on every number of nodes, so its speed can be compared. The global batch grows with the
-nodes.
+The micro batch and the accumulation are those of the full size. So a GPU's work is the same on every number of nodes, and its
+speed can be compared. The global batch grows with the nodes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Decides which failed jobs Snakemake submits again, refuses a run that would repeat a known failure, prints failures at exit.
+"""Decides which failed jobs Snakemake submits again, and refuses a run that would repeat a known failure.
 
 Snakemake retries every failed job as often as its profile says. That is right for a dead node. It is wrong if failure.json
 says that the job would only fail again, or that a user cancelled it. Each cause is printed once: before a run that would

@@ -1,4 +1,4 @@
-"""Prints the lines and progress bars in the terminal of `longhaul run`: one line per event of a job.
+"""Prints what `longhaul run` shows in a terminal: a line per event of a job, the end of a failed job's log, progress bars.
 
 Snakemake's log file keeps everything. In a terminal, the stages and jobs stay visible below the lines, with progress bars.
 """

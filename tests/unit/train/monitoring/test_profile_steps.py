@@ -17,7 +17,7 @@ from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.train.monitoring import profile_steps
 from longhaul.train.monitoring.kernel_classes import MATRIX
 from longhaul.train.monitoring.profile_steps import StepProfiler
-from tests.parity.shared_data import write_shared_data
+from tests.parity.tokenizer_and_shards import write_shared_data
 from tests.recovery.trained_stages import TrainedStage, train
 
 CPU = torch.device("cpu")
