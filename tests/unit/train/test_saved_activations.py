@@ -17,6 +17,7 @@ from longhaul.config.stage_config import Parallel
 from longhaul.planning.activation_memory import activation_bytes
 from longhaul.train.compile_layers import compile_layers
 from longhaul.train.experts_on_gpus import use_experts_for_gpus
+from longhaul.train.fp8_products import use_fp8_products
 from longhaul.train.parallel.expert_parallel import apply_expert_parallel
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.support.tiny_model_sizes import tiny_stage
@@ -66,6 +67,14 @@ def test_planned_activations_are_within_3_percent_of_what_a_layer_saves(kind: st
     assert planned == pytest.approx(saved_bytes(kind, compiled), rel=0.03)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_planned_activations_in_fp8_are_within_3_percent_of_what_a_layer_saves(kind: str):
+    stage = tiny_stage(micro_batch_size=1, sequence_length=TOKENS, precision="fp8")
+    sizes = replace(model_size({"model_type": kind, **KEYS, "rms_norm_eps": 1e-6}), layers=1)
+    planned, _ = activation_bytes(stage, sizes)
+    assert planned == pytest.approx(saved_bytes(kind, compiled=True, in_fp8=True), rel=0.03)
+
+
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
@@ -85,12 +94,14 @@ def test_expert_parallelism_saves_what_undivided_experts_save(kind: str, compile
     assert -16 * TOKENS <= divided - undivided <= 4 * (3 * 8 + 4) * TOKENS
 
 
-def saved_bytes(kind: str, compiled: bool, is_divided: bool = False) -> int:
+def saved_bytes(kind: str, compiled: bool, is_divided: bool = False, in_fp8: bool = False) -> int:
     """Return the bytes that one layer saves for its backward pass, without weights and rotary embeddings."""
     config = AutoConfig.for_model(kind, **{**KEYS, **MIXTURES.get(kind, {})})
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if is_divided:
         apply_expert_parallel(model, ParallelDims(0, 1, Parallel()))
+    if in_fp8:
+        use_fp8_products(model)
     if compiled:
         use_experts_for_gpus(model)
         compile_layers(model.train(), PARTITIONED)
