@@ -24,6 +24,8 @@ from longhaul.compat.deepspeed_optimizer_step import can_update_in_one_pass, upd
 from longhaul.compat.torch import can_skip_update_on_device, set_update_scale
 from longhaul.train.adamw_in_one_pass import adamw_in_one_pass, is_compiled
 
+SPIKE_WINDOW_STEPS = 64
+"""Number of losses with whose median a loss is compared."""
 _MIN_RECENT_LOSSES = 8
 """Fewer recent losses than this give no reliable median; the first steps of a stage have no spikes."""
 

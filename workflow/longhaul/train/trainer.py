@@ -13,7 +13,7 @@ from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 from longhaul.train.checkpoint.checkpoint_manager import CheckpointManager
 from longhaul.train.checkpoint.training_state import TrainingState
 from longhaul.train.deepspeed_engine import peak_learning_rate
-from longhaul.train.detect_bad_steps import bad_step_reason
+from longhaul.train.detect_bad_steps import SPIKE_WINDOW_STEPS, bad_step_reason
 from longhaul.train.distributed_context import DistributedContext
 from longhaul.train.graceful_stop import needed_to_leave_s
 from longhaul.train.handle_bad_steps import BadStepPolicy
@@ -166,7 +166,7 @@ class Trainer:
             reason = self._problem(results["loss"], results["examined_norm"]) or "not finite"
             self._policy.apply(step.batch, reason, time.perf_counter() - began)
             return False
-        self.state.add_loss(results["loss"])
+        self.state.add_loss(results["loss"], SPIKE_WINDOW_STEPS)
         seconds = self.times.finish(STEP, began)
         self._last_finished = time.perf_counter()
         self.metrics.step(step.number, seconds, self._metrics_of(step, results))

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from longhaul.data.sampling.samples import batch_of_step
 from longhaul.errors import UserError
 
-SPIKE_WINDOW_STEPS = 64
-
 
 @dataclass
 class TrainingState:
@@ -16,7 +14,7 @@ class TrainingState:
 
     step:          optimizer steps done
     skipped:       global batches that are never trained on, sorted; with the step they determine the data order
-    recent_losses: losses of the last SPIKE_WINDOW_STEPS steps, for finding spikes
+    recent_losses: losses of the last steps, for finding spikes (detect_bad_steps.py)
     """
 
     step: int = 0
@@ -28,9 +26,9 @@ class TrainingState:
         """Return the number of the next step's global batch."""
         return batch_of_step(self.step, self.skipped)
 
-    def add_loss(self, loss: float) -> None:
-        """Keep the loss of a good step."""
-        self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW_STEPS:]
+    def add_loss(self, loss: float, kept: int) -> None:
+        """Add the loss of a good step; the last `kept` ones stay."""
+        self.recent_losses = [*self.recent_losses, loss][-kept:]
 
     def replace_with(self, other: TrainingState) -> None:
         """Take over the values of another state in this object, which several modules share."""
