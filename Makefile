@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell sed -n 's/^torch==//p' envs/constraints.txt)
-CLUSTER := $(BIN)/python -m tests.support.cluster_cli
+CLUSTER := $(BIN)/python -m tests.support.virtual_cluster_commands
 # Two workers: one runs what needs the cluster and often waits, the other the rest (tests/conftest.py).
 WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,4 +1,4 @@
-"""Measure the time from raw text to shards on two cores: longhaul, `datasets` map, datatrove, Megatron-LM and the raw limit.
+"""Measures the time from raw text to shards on two cores: longhaul, `datasets` map, datatrove, Megatron-LM and the raw limit.
 
 Times are wall-clock times with start-up, medians of alternating rounds. No package that pip installs contains Megatron-LM's
 tools/preprocess_data.py: MEGATRON=<checkout of NVIDIA/Megatron-LM> adds it.

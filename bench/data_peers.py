@@ -1,4 +1,4 @@
-"""Run one of the tools that bench/data.py compares: python data_peers.py <datasets|datatrove|raw> <folder with the corpus>."""
+"""Runs one of the tools that bench/data.py compares: python data_peers.py <datasets|datatrove|raw> <folder with the corpus>."""
 
 from __future__ import annotations
 

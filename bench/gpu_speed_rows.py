@@ -1,4 +1,4 @@
-"""The rows of bench/gpu_speed.py."""
+"""The models, settings and peers that bench/gpu_speed.py measures: one row each."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ from longhaul.jobs.launch_files import render_job
 from longhaul.runtime.rendezvous import host_key
 from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest
 from longhaul.train.verified_inputs import own_part
-from tests.support.node_hardware import environment_job, two_gpu_nodes
+from tests.support.healthy_node_facts import environment_job, two_gpu_nodes
 from tests.support.small_configs import plan_of
 
 MEASURED_RANKS, CALCULATED_RANKS = (64, 512, 4096), 16_384

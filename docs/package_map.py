@@ -1,4 +1,4 @@
-"""Writes the map of package, rules, templates, profiles and environments in README.md: python docs/package_map.py [--check]."""
+"""Writes the list of files in README.md, all but tests/unit, which mirrors the package: python docs/package_map.py [--check]."""
 
 from __future__ import annotations
 
@@ -18,6 +18,17 @@ OTHER_FOLDERS = {
     "profiles/local": "how Snakemake runs on this machine",
     "profiles/slurm": "how Snakemake runs through Slurm",
     "envs": "pinned versions; conda environments and a container definition made from them",
+    "bench": "benchmarks; make bench-<name> runs them, records are in bench/results",
+    "tests/support": "helpers of several tests: small configs and runs, made-up hardware, processes that tests start as ranks",
+    "tests/support/injected": "what Python imports first in processes whose faults a test injects",
+    "tests/support/pyxis": "Slurm's container options on the test cluster",
+    "tests/workflow": "rules, reruns, bad configs and data, the demo",
+    "tests/recovery": "resume, resharding, bad steps, damaged checkpoints",
+    "tests/cluster": "runs on a real Slurm cluster on this machine",
+    "tests/faults": "the fault matrix, and random faults",
+    "tests/parity": "comparison with plain PyTorch",
+    "tests/gpu": "tests on GPUs",
+    "tests/serve": "exports in other engines",
 }
 """Folder outside of the package -> what it contains."""
 BEGIN, END = "<!-- package map: make generate -->", "<!-- end of package map -->"
@@ -33,7 +44,9 @@ def package_map() -> str:
 
 def files_of(folder: str) -> list[Path]:
     """Return the files of a folder outside of the package, without hidden ones."""
-    return sorted(path for path in (ROOT / folder).iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(
+        path for path in (ROOT / folder).iterdir() if path.is_file() and not path.name.startswith((".", "__"))
+    )
 
 
 def _table(folder: Path) -> str:
@@ -63,7 +76,7 @@ def _first_sentence(file: Path) -> str:
         docstring = text.split("#}")[0].removeprefix("{#").strip("- \n")
     else:
         lines = [line for line in text.split("\n") if not line.startswith(("#!", "# shellcheck"))]
-        docstring = lines[0].removeprefix("# ")
+        docstring = lines[0].removeprefix("# ").removeprefix("/* ")
     paragraph = " ".join(docstring.split("\n\n")[0].split())
     return re.split(r"(?<!et al)(?<!vs)\. ", paragraph)[0].removesuffix(".").replace("|", "\\|").replace("<", "&lt;")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longhaul.config.run_config import Checks
-from tests.support.node_hardware import environment_job
+from tests.support.healthy_node_facts import environment_job
 from tests.support.server_on_two_hosts import NODES, start_parts
 from tests.support.virtual_hosts import VirtualHosts, two_hosts
 

@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.artifacts.endpoint import Endpoint
 from tests.support.pipeline_run_on_cluster import SITE as CLUSTER
-from tests.support.served_run import KEY, ServedRun
+from tests.support.run_with_fake_engine import KEY, ServedRun
 from tests.support.slurm_conf import CONTROLLER
 from tests.support.virtual_cluster import VirtualCluster
 from tests.support.wait import wait_for, wait_for_end

@@ -21,8 +21,8 @@ from longhaul.config.site_serving_config import Serving
 from longhaul.jobs.kinds.serve_check_job import ServeCheckSpec
 from longhaul.serving.api_key import create_key_file
 from tests.support import bigram_vllm
+from tests.support.run_with_fake_engine import FAKE_VLLM, KEY
 from tests.support.served_export import write_manifest
-from tests.support.served_run import FAKE_VLLM, KEY
 from tests.support.server_on_two_hosts import NODES, start_parts, write_server_spec
 from tests.support.virtual_hosts import VirtualHosts, two_hosts
 from tests.support.wait import wait_for

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.quarantine import add_to_quarantine
-from tests.faults import fault_table
+from tests.faults import faults_record
 from tests.faults.broken_environments import SMALL
 from tests.faults.doctor_answers import Doctor
 from tests.faults.fault_matrix import (
@@ -120,12 +120,12 @@ def finish_timed(run: FaultedRun) -> FaultedRun:
 
 
 @pytest.fixture(scope="module")
-def table(pytestconfig: pytest.Config) -> Iterator[list[fault_table.TableRow]]:
+def table(pytestconfig: pytest.Config) -> Iterator[list[faults_record.TableRow]]:
     """Rows of the cases that passed. `make faults` writes them; older rows of cases that did not run stay."""
-    rows: list[fault_table.TableRow] = []
+    rows: list[faults_record.TableRow] = []
     yield rows
     if rows and pytestconfig.getoption("--all-faults"):
-        fault_table.write_table(
+        faults_record.write_table(
             rows, [*((case.name, case.when) for case in CASES), *((fault, "training") for fault in OTHER_FAULTS)]
         )
 
@@ -170,7 +170,7 @@ def test_results_are_bit_identical_after_a_fault(
     finished: PipelineRun,
     folder: Path,
     steps: int,
-    table: list[fault_table.TableRow],
+    table: list[faults_record.TableRow],
 ):
     expected = undisturbed(case.phase, case.nodes)
     given = undisturbed(TRAIN, case.nodes).results if case.phase == EXPORT else finished.results
@@ -209,10 +209,10 @@ def test_results_are_bit_identical_after_a_fault(
     if case.phase == TRAIN:
         assert run.trained_steps() == list(range(1, steps + 1)), "a step is missing, or was written twice"
         table.append(
-            fault_table.passed_row(case.name, case.when, lost_s, run.attempts(), run.last_start_up_s(), run.goodput())
+            faults_record.passed_row(case.name, case.when, lost_s, run.attempts(), run.last_start_up_s(), run.goodput())
         )
     else:
-        table.append(fault_table.passed_row(case.name, case.when, lost_s, run.attempts()))
+        table.append(faults_record.passed_row(case.name, case.when, lost_s, run.attempts()))
 
 
 def assert_waits_for_a_repair(run: FaultedRun, case: FaultCase, code: int) -> None:
@@ -243,7 +243,7 @@ def test_nan_skips_only_the_listed_batches(
     repaired_cluster: VirtualCluster,
     finished: PipelineRun,
     folder: Path,
-    table: list[fault_table.TableRow],
+    table: list[faults_record.TableRow],
 ):
     """The run is bit-identical to a run without NaN whose config skips the same batches."""
     window = {"window_batches": 2} if policy == "roll_back" else {}
@@ -263,7 +263,7 @@ def test_nan_skips_only_the_listed_batches(
     assert with_nan.master_weights() == expected.master_weights()
     assert_nothing_is_left(with_nan)
     lost_s = with_nan.seconds - expected.seconds
-    row = fault_table.passed_row(
+    row = faults_record.passed_row(
         nan_fault(policy), "training", lost_s, with_nan.attempts(), with_nan.last_start_up_s(), with_nan.goodput()
     )
     table.append(row)
@@ -275,7 +275,7 @@ def test_controller_job_continues_after_its_time_limit(
     undisturbed: Callable[[str, int], FaultedRun],
     finished: PipelineRun,
     folder: Path,
-    table: list[fault_table.TableRow],
+    table: list[faults_record.TableRow],
 ):
     """controller.sbatch reaches its time limit while the stage trains. Its successor continues, and submits none at the end."""
     expected, config = undisturbed(TRAIN, 2), faulted_config(finished.config)
@@ -298,7 +298,7 @@ def test_controller_job_continues_after_its_time_limit(
     doctor = Doctor(run)
     doctor.ask()
     doctor.assert_named_the_cause(CONTROLLER)
-    row = fault_table.passed_row(CONTROLLER, "training", lost_s, run.attempts(), run.last_start_up_s())
+    row = faults_record.passed_row(CONTROLLER, "training", lost_s, run.attempts(), run.last_start_up_s())
     table.append(row)
 
 

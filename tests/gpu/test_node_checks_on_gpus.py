@@ -22,8 +22,8 @@ from longhaul.checks.nvidia_gpu_facts import NVLINK_PATH, read_gpus
 from longhaul.config.gpu_datasheets import datasheet
 from longhaul.config.run_config import Checks
 from tests.gpu.runs_on_gpus import GPUS, describe_gpus
+from tests.support.healthy_node_facts import environment_job
 from tests.support.node_facts_of_this_machine import facts_here
-from tests.support.node_hardware import environment_job
 
 
 @pytest.mark.skipif(not GPUS, reason="needs a GPU")

@@ -17,7 +17,7 @@ from openai import OpenAI
 from longhaul.artifacts.endpoint import Endpoint
 from tests.serve.serve_record import ServeRecord
 from tests.serve.test_serve_check import DEMO_SERVING
-from tests.support.served_run import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
+from tests.support.run_with_fake_engine import KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
 from tests.support.wait import wait_for
 
 START_S = 300

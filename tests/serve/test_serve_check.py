@@ -28,7 +28,7 @@ from longhaul.serving.reference_values import read_reference_values
 from tests.serve.conftest import ENGINES, ROOT, manifest_of
 from tests.serve.serve_record import LADDER, STREAMS, TRANSFORMERS_SERVE, VICTIMS, ServeRecord
 from tests.serve.test_engines import vllm_bound
-from tests.support.served_run import answer, processes_in
+from tests.support.run_with_fake_engine import answer, processes_in
 from tests.support.wait import wait_for, wait_for_end
 
 pytestmark = pytest.mark.timeout(900)  # the first test that needs the demo also waits for its training

@@ -1,4 +1,4 @@
-"""Write small corpora, and run tokenizer and tokenize jobs on them."""
+"""Writes small corpora, and runs tokenizer and tokenize jobs on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Serve a hub on this machine: the part of the Hugging Face Hub's HTTP API that a download uses.
+"""Serves a hub on this machine: the part of the Hugging Face Hub's HTTP API that a download uses.
 
 GET /api/models/<id>/revision/<rev> (or /api/datasets/…) returns the commit and the files; …/tree/<rev>/<folder> lists a
 folder; POST …/paths-info/<rev> describes some paths; HEAD and GET of /<id>/resolve/<commit>/<file> (or /datasets/<id>/…)

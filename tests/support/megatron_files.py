@@ -1,4 +1,4 @@
-"""Read and write token shards with Megatron-LM, in a process of its own: importing Megatron-LM changes torch's settings.
+"""Reads and writes token shards with Megatron-LM, in a process of its own: importing Megatron-LM changes torch's settings.
 
 python megatron_files.py <prefix to read> <prefix to write>: read documents, write them again, and print them as JSON.
 """

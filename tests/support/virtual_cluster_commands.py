@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m tests.support.cluster_cli", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.support.virtual_cluster_commands", description=__doc__)
     verbs = parser.add_subparsers(metavar="verb", required=True)
     up = verbs.add_parser("up", help="start a cluster")
     up.add_argument("--nodes", type=int, default=2)
@@ -61,7 +61,9 @@ def _up(options: argparse.Namespace) -> None:
     if os.geteuid() != 0:
         raise ClusterError("a cluster needs root, to create namespaces for its hosts")
     VirtualCluster(FOLDER, ClusterSize(nodes=options.nodes, accounting=options.accounting)).up()
-    print(f"{options.nodes} nodes are up. Work on the login node: python -m tests.support.cluster_cli run bash")
+    print(
+        f"{options.nodes} nodes are up. Work on the login node: python -m tests.support.virtual_cluster_commands run bash"
+    )
     print("its site file is tests/support/cluster_site.yaml; to end it: make cluster-down")
 
 

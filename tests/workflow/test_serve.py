@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.served_run import FAKE_VLLM, KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
+from tests.support.run_with_fake_engine import FAKE_VLLM, KEY, LOCAL_SITE, ServedRun, answer, listening_addresses
 from tests.support.wait import wait_for, wait_for_end
 
 

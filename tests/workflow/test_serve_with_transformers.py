@@ -9,7 +9,7 @@ import torch
 from openai import OpenAI
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tests.support.served_run import LOCAL_SITE, ServedRun, listening_addresses
+from tests.support.run_with_fake_engine import LOCAL_SITE, ServedRun, listening_addresses
 from tests.support.small_configs import LLAMA
 from tests.support.stage_folder import write_tokenizer
 from tests.support.wait import wait_for

@@ -37,7 +37,7 @@ from tests.support.fake_amdsmi import (
     process,
     violations,
 )
-from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware, link, two_gpu_nodes
+from tests.support.healthy_node_facts import HEALTHY_CORES, environment_job, hardware, link, two_gpu_nodes
 from tests.support.sysfs_tree import write_tree
 
 ADDRESS, OTHER = "0000:c1:00.0", "0000:c6:00.0"

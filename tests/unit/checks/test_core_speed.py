@@ -10,7 +10,7 @@ import pytest
 from longhaul.checks import core_speed
 from longhaul.checks.core_speed import CoreSpeed, core_speed_rows, is_judged, measure_all_nodes, measure_slowest_core
 from longhaul.checks.hardware_checks import hardware_rows
-from tests.support.node_hardware import HEALTHY_CORES, environment_job
+from tests.support.healthy_node_facts import HEALTHY_CORES, environment_job
 from tests.unit.checks.test_hardware_checks import nodes
 
 FAST, SLOW = HEALTHY_CORES, CoreSpeed(core=7, rate=0.1, run_share=0.04)

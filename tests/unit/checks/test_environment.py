@@ -36,8 +36,8 @@ from longhaul.jobs.kinds.environment_job import EnvironmentSpec
 from longhaul.runtime.compiled_ops import ops_folder, remove_stale_builds, use_ops_folder
 from longhaul.runtime.failure_reports import classify_error
 from longhaul.runtime.process_rank import Rank
+from tests.support.healthy_node_facts import environment_job, gpu, hardware, port, two_gpu_nodes
 from tests.support.node_facts_of_this_machine import facts_here
-from tests.support.node_hardware import environment_job, gpu, hardware, port, two_gpu_nodes
 
 
 def job(folder: Path, **changes: Any) -> EnvironmentSpec:

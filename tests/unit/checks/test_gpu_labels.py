@@ -6,7 +6,7 @@ import pytest
 
 from longhaul.checks.gpu_labels import gpu_name, names_of_torch_gpus, short_address
 from longhaul.checks.nvidia_gpu_facts import GpuReading
-from tests.support.node_hardware import gpu
+from tests.support.healthy_node_facts import gpu
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.config.node_minimums import NodeMinimums
 from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
+from tests.support.healthy_node_facts import environment_job, gpu, two_gpu_nodes
 from tests.support.node_facts_of_this_machine import facts_here
-from tests.support.node_hardware import environment_job, gpu, two_gpu_nodes
 
 CPU = torch.device("cpu")
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"

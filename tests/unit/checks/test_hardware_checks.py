@@ -18,7 +18,16 @@ from longhaul.checks.nvidia_gpu_checks import kernel_log_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading
 from longhaul.checks.process_limits import ProcessLimits
 from longhaul.config.node_minimums import NodeMinimums
-from tests.support.node_hardware import GPU_LINKS, HEALTHY_CORES, environment_job, gpu, hardware, interface, link, port
+from tests.support.healthy_node_facts import (
+    GPU_LINKS,
+    HEALTHY_CORES,
+    environment_job,
+    gpu,
+    hardware,
+    interface,
+    link,
+    port,
+)
 
 
 def nodes(*bad: HardwareFacts, count: int = 4) -> list[dict[str, Any]]:

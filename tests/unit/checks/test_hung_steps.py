@@ -24,7 +24,7 @@ from longhaul.config.run_config import Checks
 from longhaul.errors import BadNodesError
 from longhaul.runtime.rendezvous import RENDEZVOUS_TIMEOUT_S
 from longhaul.runtime.swap_folders import swap_root
-from tests.support.node_hardware import environment_job, two_gpu_nodes
+from tests.support.healthy_node_facts import environment_job, two_gpu_nodes
 
 _NODE_WITH_HUNG_PARTS = """
 import sys, time

@@ -23,7 +23,7 @@ from longhaul.checks.connection_checks import connection_rows, nodes_without_con
 from longhaul.checks.node_connections import RETRY_PAUSES_S, Connections, ListeningNode, connect_to_others, peers_of
 from longhaul.errors import BadNodesError, UserError
 from longhaul.runtime.process_rank import Rank
-from tests.support.node_hardware import environment_job
+from tests.support.healthy_node_facts import environment_job
 
 
 @pytest.fixture(autouse=True)

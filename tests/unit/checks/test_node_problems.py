@@ -10,7 +10,7 @@ import pytest
 
 from longhaul.checks.node_problems import node_problems
 from longhaul.config.run_config import Checks
-from tests.support.node_hardware import hardware, two_gpu_nodes
+from tests.support.healthy_node_facts import hardware, two_gpu_nodes
 from tests.unit.checks.test_environment import BAD, Change, job
 
 SWAPPING = {"prebuild_ops": ("cpu_adam",), "swap_bytes": 2_500_000_000, "locked_bytes": 10**8}

@@ -11,7 +11,7 @@ import pytest
 from longhaul.artifacts.node_check_row import CheckRow
 from longhaul.checks.node_problems import node_problems
 from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
-from tests.support.node_hardware import environment_job, hardware, two_gpu_nodes
+from tests.support.healthy_node_facts import environment_job, hardware, two_gpu_nodes
 
 JOB = environment_job(build="cuda 13.0", memory_mb=100_000)
 

@@ -15,8 +15,8 @@ from longhaul.checks.hardware_checks import hardware_rows
 from longhaul.checks.nvidia_gpu_checks import nvidia_rows
 from longhaul.checks.nvidia_gpu_facts import GpuReading, with_earlier_nvlink_errors
 from tests.support.fake_nvml import build_fake_nvml, healthy_gpu, read_fake_gpus
+from tests.support.healthy_node_facts import HEALTHY_CORES, environment_job, hardware
 from tests.support.node_facts_of_this_machine import facts_here
-from tests.support.node_hardware import HEALTHY_CORES, environment_job, hardware
 
 READING = TypeAdapter(GpuReading)
 LINKS = range(18)

@@ -15,7 +15,7 @@ import pytest
 from longhaul.config.run_config import Checks
 from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.kinds.fabric_job import FabricSpec
-from tests.support.node_hardware import environment_job
+from tests.support.healthy_node_facts import environment_job
 
 _CALLS_ARE_PRINTED = """
 import os, sys

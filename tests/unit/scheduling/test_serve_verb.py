@@ -23,7 +23,7 @@ from longhaul.scheduling import serve_verb, slurm_client
 from longhaul.scheduling.slurm_client import QueueEntry, SlurmCommandError
 from longhaul.serving.api_key import create_key_file, keep_key, read_key_file
 from tests.support.pipeline_run import REPOSITORY
-from tests.support.served_run import FAKE_VLLM, KEY, ServedRun
+from tests.support.run_with_fake_engine import FAKE_VLLM, KEY, ServedRun
 from tests.support.small_configs import DEEPSEEK, LLAMA, LOCAL, plan_of
 from tests.support.supervised_job import fake_program
 

@@ -16,7 +16,7 @@ from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client, snakefile_functions
 from longhaul.scheduling.snakefile_functions import RuleSettings
-from tests.support.served_run import FAKE_VLLM
+from tests.support.run_with_fake_engine import FAKE_VLLM
 from tests.support.small_configs import LLAMA, plan_of
 
 BASE, CHAT = SimpleNamespace(stage="base"), SimpleNamespace(stage="chat")

@@ -116,7 +116,7 @@ def test_a_stage_starts_from_the_folder(folder, tmp_path: Path, changes: dict[st
     ds_config.write_text(json.dumps({"train_micro_batch_size_per_gpu": 1, **sections}))
     job.model_copy(update={"deepspeed": str(ds_config)}).write(tmp_path / "stage.json")
     printed = run_worker(
-        HERE / "pretrained_worker.py", 2, str(tmp_path / "stage.json"), str(tmp_path / "expected.safetensors")
+        HERE / "pretrained_model_worker.py", 2, str(tmp_path / "stage.json"), str(tmp_path / "expected.safetensors")
     )
     read = [int(size) for _, size in sorted(re.findall(r"rank (\d) read (\d+)", printed))]
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
