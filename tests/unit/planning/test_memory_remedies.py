@@ -32,12 +32,15 @@ def test_the_first_settings_that_are_enough_are_named():
     )
 
 
+SMALL_BUCKET = {"stage": 1, "reduce_bucket_size": 10**6}
+"""DeepSpeed's default would take more memory than this model."""
 LARGE_BATCH = {
     "model.llama.hidden_size": 1024,
     "model.llama.num_hidden_layers": 8,
     "stages.0.sequence_length": 128,
     "stages.0.global_batch_size": 64,
     "stages.0.micro_batch_size": 64,
+    "stages.0.zero": SMALL_BUCKET,
 }
 
 
@@ -45,14 +48,14 @@ LARGE_BATCH = {
     ("share", "says", "changes"),
     [
         (0.9, "Set micro_batch_size to 32", {"stages.0.micro_batch_size": 32}),
-        (0.9, " or set zero.offload_optimizer to cpu", {"stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"}}),
+        (0.9, " or set zero.offload_optimizer to cpu", {"stages.0.zero": {**SMALL_BUCKET, "offload_optimizer": "cpu"}}),
         (
             0.22,
             "Set micro_batch_size to 1, activation_checkpointing to full and zero.offload_optimizer to cpu",
             {
                 "stages.0.micro_batch_size": 1,
                 "stages.0.activation_checkpointing": "full",
-                "stages.0.zero": {"stage": 1, "offload_optimizer": "cpu"},
+                "stages.0.zero": {**SMALL_BUCKET, "offload_optimizer": "cpu"},
             },
         ),
     ],

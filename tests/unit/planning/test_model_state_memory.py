@@ -162,6 +162,16 @@ def test_gradient_buckets_equal_hand_computed_bytes(zero: dict[str, Any], expect
     assert gradient_bucket_bytes(tiny_stage(zero=Zero(**zero)), 1000, 4) == expected
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_one_rank_copies_gradients_to_the_host_by_way_of_one_bucket(stage: int, contiguous: bool):
+    """DeepSpeed sets contiguous_gradients where the optimizer is in CPU memory."""
+    zero = Zero.model_validate(
+        {"stage": stage, "offload_optimizer": "cpu", "contiguous_gradients": contiguous, "reduce_bucket_size": 1000}
+    )
+    assert gradient_bucket_bytes(tiny_stage(zero=zero), 5000, 1) == 2 * 1000
+
+
 @pytest.mark.parametrize(("stage", "expected"), [(1, 0), (2, 0), (3, 2 * 500_000_000)])
 def test_single_data_parallel_rank_needs_buckets_only_under_zero_3(stage: int, expected: int):
     assert gradient_bucket_bytes(tiny_stage(zero=Zero.model_validate({"stage": stage})), 1000, 1) == expected

@@ -152,9 +152,11 @@ def gradient_bucket_bytes(stage: Stage, parameters: int, ranks: int) -> int:
     if stage.communication.powersgd:
         # All in fp32: the compression error of all gradients before and after the step; one bucket's gradients and their copy.
         return 4 * (2 * parameters + 2 * min(POWERSGD_BUCKET_ELEMENTS, parameters))
-    zero = stage.zero
-    if not reduces_gradients(stage, ranks) or not zero.contiguous_gradients:
+    zero, reduces = stage.zero, reduces_gradients(stage, ranks)
+    # DeepSpeed copies gradients to the host by way of a bucket, whatever contiguous_gradients says.
+    copies_by_bucket = 1 <= zero.stage <= 2 and zero.offload_optimizer != "none"
+    if not copies_by_bucket and not (reduces and zero.contiguous_gradients):
         return 0
     # With overlap there are two: one is filled while the other is reduced. ZeRO-3 takes gradients out at once and has one.
-    count = 2 if zero.stage < 3 and zero.overlap_comm else 1
+    count = 2 if reduces and zero.stage < 3 and zero.overlap_comm else 1
     return count * COMPUTE_BYTES[stage.precision] * (zero.reduce_bucket_size or _DEFAULT_REDUCE_BUCKET)
