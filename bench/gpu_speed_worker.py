@@ -33,7 +33,6 @@ def main() -> None:
     job = TrainSpec.read(folder / "job.json")
     if row.flash_only:
         torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.enable_flash_sdp(False)
     if row.kind == "limit":
         _wait_for_gpu()
         result = {"tokens_per_s": gpu_speed_peers.limit(job)}
