@@ -22,3 +22,23 @@ def test_lack_of_gpu_memory_names_the_next_smaller_settings(tmp_path: Path):
         "CUDA out of memory. Tried to allocate 2.00 GiB."
     )
     assert refused.value.hint == "set micro_batch_size to 2 or set activation_checkpointing to selective"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "HIP error: out of memory",
+    ],
+)
+def test_memory_that_other_libraries_allocate_counts_too(tmp_path: Path, text: str):
+    with pytest.raises(InputError) as refused, names_smaller_settings(base_stage(tmp_path)):
+        raise torch.distributed.DistBackendError(text)
+    assert refused.value.message.endswith(text.splitlines()[-1])
+
+
+@pytest.mark.parametrize("text", ["CUDA error: an illegal memory access was encountered", "can't allocate memory"])
+def test_other_errors_stay_as_they_are(tmp_path: Path, text: str):
+    with pytest.raises(RuntimeError, match=text), names_smaller_settings(base_stage(tmp_path)):
+        raise RuntimeError(text)
