@@ -152,6 +152,11 @@ def test_a_compiler_that_fails_ends_the_training_until_it_is_repaired_or_off():
     compile_layers(model, fails)  # pyright: ignore
     with pytest.raises(UserError, match=r"torch.compile of LlamaDecoderLayer failed: .*no C compiler"):
         gradients(model)
+    model = build("llama")
+    compile_layers(model, lambda *_: (_ for _ in ()).throw(RuntimeError(f"{'x ' * 9000}cc1: no such file")))  # pyright: ignore
+    with pytest.raises(UserError, match=r"failed: .* … .*cc1: no such file") as refused:
+        gradients(model)
+    assert len(refused.value.message) < 1500
     repaired, without = build("llama"), build("llama")
     compile_layers(repaired, "aot_eager")
     assert gradients(repaired) and gradients(without)

@@ -75,7 +75,7 @@ def extension_build_locks(folder: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class CompileErrorReason:
-    """First lines of a compiler's error. `is_capture`: Dynamo could not capture the function, so nothing has run yet."""
+    """Text of a compiler's error, in one line. `is_capture`: Dynamo could not capture the function, so nothing has run yet."""
 
     text: str
     is_capture: bool
@@ -91,7 +91,7 @@ def compile_error_reason(error: Exception) -> CompileErrorReason | None:
     if not isinstance(error, TorchDynamoException):
         return None
     text = " ".join(str(error).split())
-    return CompileErrorReason(text[:300], isinstance(error, (Unsupported, UserError)))
+    return CompileErrorReason(text, isinstance(error, (Unsupported, UserError)))
 
 
 def configure_compiler(graphs: int) -> None:

@@ -114,10 +114,16 @@ class CompiledForward:
             reason = compile_error_reason(error)
             if reason is None:
                 raise
+            text = _shortened(reason.text)
             if reason.is_capture:  # raised before the layer computes anything, and on every rank alike
-                self._fallback.use(self._layer, reason.text)
+                self._fallback.use(self._layer, text)
                 return self._eager(*arguments, **named)
             raise UserError(
-                f"torch.compile of {type(self._layer).__name__} failed: {reason.text}",
+                f"torch.compile of {type(self._layer).__name__} failed: {text}",
                 "repair what it names, for example a missing C compiler, or set compile: off in the stage",
             ) from error
+
+
+def _shortened(text: str, begin: int = 300, end: int = 1000) -> str:
+    """Return begin and end of a long text: torch's own error, and what the C compiler printed last."""
+    return text if len(text) <= begin + end else f"{text[:begin]} … {text[-end:]}"
