@@ -1,6 +1,6 @@
 """Every remedy that tells to delete, move or restore something is followed: afterwards the same action works.
 
-REMEDIES is the table; test_every_remedy_is_followed.py holds it against the source.
+REMEDIES is the table; test_every_remedy_is_followed.py compares it with the source.
 """
 
 from __future__ import annotations

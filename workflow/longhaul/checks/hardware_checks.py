@@ -1,4 +1,4 @@
-"""Classifies the hardware of all nodes, one table row each, and warns of what differs between nodes: GPUs, PCIe, memory, CPUs."""
+"""Classifies hardware and limits of all nodes, one table row each, and warns of what differs between nodes: GPUs, PCIe, CPUs."""
 
 from __future__ import annotations
 
