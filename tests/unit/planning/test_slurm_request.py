@@ -23,9 +23,9 @@ from longhaul.config.partition_config import JobPlace, NodeShape, Partition
 from longhaul.config.site_config import Site
 from longhaul.config.software_config import Accelerator
 from longhaul.jobs.job_kind import job_request, jobs_of
+from longhaul.jobs.kinds.count_chats_job import COUNT_CHATS
+from longhaul.jobs.kinds.tokenizer_job import LOAD_TOKENIZER
 from longhaul.planning.slurm_request import (
-    COUNT_CHATS,
-    LOAD_TOKENIZER,
     RESOURCE_KEYS,
     SlurmRequest,
     controller_request,

@@ -20,7 +20,8 @@ from longhaul.artifacts.node_results import NodeResult, append_node_results, new
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
-from longhaul.checks.fabric_limits import SLOW_SHARES, fabric_problems, set_limits
+from longhaul.checks.fabric_limits import fabric_problems, set_limits
+from longhaul.checks.find_slow_nodes import SLOW_SHARES
 from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS, CONNECTIONS, GPUS, KERNEL, RUN_FOLDER
 from longhaul.checks.judge_nccl_tests import print_nccl_tests, with_nccl_tests
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network

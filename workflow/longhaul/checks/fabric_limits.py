@@ -8,9 +8,6 @@ from longhaul.artifacts.fabric_report import CollectiveResult
 from longhaul.config.site_config import FabricLimits
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
-SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
-"""Backend -> share of the usual bandwidth below which something is slow. Network adapters or PCIe links that run at half of
-their rate are far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 BANDWIDTH = "_gbps"
 """End of the names of limits of bandwidths."""
 SCOPES = {"all": ("between all ranks", "limits"), "node": ("inside a node", "node_limits")}

@@ -1,4 +1,4 @@
-"""Decides from the bandwidths of pairs of nodes which node or which link is slow. Pure functions on plain numbers.
+"""Decides from the bandwidths of pairs which node or link is slow: below a share of the usual rate, or losing packets.
 
 A slow node makes all of its pairs slow, so one measurement blames two nodes. The decision is in three steps:
 
@@ -23,6 +23,9 @@ from types import MappingProxyType
 from longhaul.checks.pair_schedule import Pair
 from longhaul.jobs.kinds.fabric_job import FEWEST_COMPARED_NODES
 
+SLOW_SHARES = {"nccl": 0.7, "gloo": 0.3}
+"""Backend -> share of the usual bandwidth below which something is slow. Network adapters or PCIe links that run at half of
+their rate are far below 0.7. Over gloo the rate depends on the CPU, which other processes may use."""
 _REPEATED_PAIRS = 3
 LOSSY_SHARE, _LOSSY_RATIO = 0.01, 10.0
 """A healthy link sends less than one of 1,000 segments again; TCP reaches a fraction of a fast link's rate at one of 100."""

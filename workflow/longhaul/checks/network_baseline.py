@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport
 from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
 from longhaul.checks.compare_with_published_rates import FabricHardware, compare_with_catalogue, slow_lines
-from longhaul.checks.fabric_limits import SCOPES, SLOW_SHARES, not_compared
+from longhaul.checks.fabric_limits import SCOPES, not_compared
+from longhaul.checks.find_slow_nodes import SLOW_SHARES
 
 MOST_REPORTED_PAIRS = 20_000
 """A report with more pairs keeps the slowest ones, whose median says nothing."""

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from longhaul.artifacts.fabric_report import PairResult, SlowNode
 from longhaul.artifacts.paths import QUARANTINE
-from longhaul.checks.fabric_limits import SLOW_SHARES
+from longhaul.checks.find_slow_nodes import SLOW_SHARES
 from longhaul.checks.hung_steps import COLLECTIVES_OF_RANKS
 from longhaul.checks.packet_loss import grown, read_error_counters
 from longhaul.checks.pair_bandwidth import PairMeter

@@ -17,6 +17,12 @@ GPU_MEMORY = 0.9
 """Maximum peak of PyTorch's allocator, by the memory of the GPU."""
 COMMUNICATION_EFFICIENCY = 0.85
 """Minimum share of profiled steps in which a rank does not wait for communication."""
+DATA_WAIT = 0.05
+"""Maximum share of the time of all steps in which a rank waits for its batch."""
+COMPUTE_EFFICIENCY = 0.7
+"""Minimum rate of the model's FLOPs while a rank computes, by the measured rate of matrix products."""
+BANDWIDTH = 0.8
+"""Minimum bus bandwidth of the largest all_reduce between nodes, by the sum of the rates of a node's RDMA ports."""
 FEWEST_STEPS = 20
 """Steps that a spread of step times needs."""
 

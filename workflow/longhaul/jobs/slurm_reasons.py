@@ -60,6 +60,17 @@ _NEVER_STARTS = re.compile(
     r"|Max\w+Per(Job|Node)|QOSMin|MaxMemPerLimit|DependencyNeverSatisfied|Reservation(Deleted|Invalid)"
     rf"|[Hh]eld|JobHoldMaxRequeue|{_BUDGET_CODE}|{_PROVISIONAL}"
 )
+_MAY_PASS = {
+    "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
+    "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
+    "ReqNodeNotAvail": "nodes that the job needs are down or reserved: see `scontrol show reservation`",
+    "Resources": "the nodes are busy: wait",
+    "Priority": "other jobs are in front: wait",
+    "Dependency": "it waits for another job",
+    "BeginTime": "Slurm holds a requeued job back for some minutes: wait",
+}
+"""Beginning of a reason that may pass -> what to do."""
+_PASSES_BY_ITSELF = ("Resources", "Priority", "Dependency", "BeginTime")
 
 
 def limit_code(text: str) -> str | None:
@@ -111,3 +122,20 @@ def remedy_of(reason: str) -> str:
         if re.search(pattern, reason, re.IGNORECASE):
             return f"correct {key} of the partition in the site file; {command} shows what is valid"
     return ""
+
+
+def advice_while_waiting(reason: str) -> str:
+    """Return what to do about a job that waits for a reason that may pass."""
+    return _advice(reason) or "wait, or ask the administrators"
+
+
+def passes_by_itself(reason: str) -> bool:
+    """Return whether a job that waits for this reason starts without anybody's help.
+
+    A limit of nodes or cores may be one that the request alone exceeds; one of the number of jobs passes with other jobs.
+    """
+    return reason.startswith(_PASSES_BY_ITSELF) or (bool(_advice(reason)) and limits_number_of_jobs(reason))
+
+
+def _advice(reason: str) -> str:
+    return next((advice for start, advice in _MAY_PASS.items() if reason.startswith(start)), "")

@@ -189,13 +189,10 @@ class CpuJobNeeds(NamedTuple):
     memory_mb: int
 
 
-# The CPU jobs with few cores. The others ask for all cores of a node: tokenizing and export use them, and training a tokenizer
-# needs memory that grows with the words of the corpus.
+# CPU jobs with few cores; jobs/kinds/ has the needs of the kinds of jobs. The others ask for all cores of a node: tokenizing and
+# export use them, and training a tokenizer needs memory that grows with the words of the corpus.
 CONTROLLER = CpuJobNeeds(1, 2000)  # Snakemake with the few dozen jobs of a run
 SAY_WHY_NOT = CpuJobNeeds(1, 1000)  # a job that only reports why it cannot run
-LOAD_TOKENIZER = CpuJobNeeds(1, 4000)  # transformers takes 0.3 GB, large tokenizers and the test of a template the rest
-WRITE_MIXTURE = CpuJobNeeds(1, 2000)  # joins manifests
-COUNT_CHATS = CpuJobNeeds(2, 4000)  # hashes files in threads, then counts in one with 25 bytes for each conversation
 
 
 def gpu_request(site: Site, *, place: JobPlace, nodes: int, tasks: int, gpus: int, minutes: int) -> SlurmRequest:

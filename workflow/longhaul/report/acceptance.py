@@ -17,7 +17,6 @@ from longhaul.report.number_format import percent
 from longhaul.report.run_results import StageResults
 
 OK, NOT_MET, NOT_MEASURED, NO_LIMIT = "ok", "not met", "not measured", "no limit"
-_DATA_WAIT, _COMPUTE, _BANDWIDTH = 0.05, 0.7, 0.8
 _BITS_PER_BYTE = 8
 _PROFILED, _LAST_PROFILED = 5, 104  # steps of the example for profile_steps: by then, a long training is warm
 
@@ -65,7 +64,7 @@ def bandwidth_row(fabric: FabricReport | None, environment: EnvironmentReport | 
             "fastest RDMA ports, at most one per rank; of several nodes, the one with the smallest sum",
             _bandwidth_share(fabric, environment),
             "≥",
-            _BANDWIDTH,
+            limits.BANDWIDTH,
             "run the fabric check over NCCL on two nodes or more with RDMA ports; elsewhere set interconnect.limits of the site",
         ),
     )
@@ -116,7 +115,7 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             "share of the time of all steps in which rank 0 waits for its batch",
             stage.summary.data_wait_share,
             "≤",
-            _DATA_WAIT,
+            limits.DATA_WAIT,
             "train a step",
         ),
         _Metric(
@@ -135,7 +134,7 @@ def _metrics(stage: StageResults, environment: EnvironmentReport | None, peak_tf
             "steps; the rate is MFU × the datasheet's rate ÷ the share of that time",
             _compute_efficiency(stage, environment, peak_tflops),
             "≥",
-            _COMPUTE,
+            limits.COMPUTE_EFFICIENCY,
             f"{to_profile}, on GPUs; set gpu_peak_tflops in the site file",
         ),
     ]

@@ -14,7 +14,7 @@ from longhaul.artifacts.leases import Lease
 from longhaul.artifacts.line_record_fields import read_events
 from longhaul.artifacts.paths import SERVE_KIND, STAGE_KIND, AttemptLogs, JobFolder, RunPaths
 from longhaul.errors import UserError, printable
-from longhaul.jobs.slurm_reasons import limits_number_of_jobs, never_starts, remedy_of
+from longhaul.jobs.slurm_reasons import advice_while_waiting, never_starts, passes_by_itself, remedy_of
 from longhaul.report.ended_jobs import AskAccounting, EndedJob, how_it_ended
 from longhaul.report.past_attempts import past_faults
 from longhaul.report.run_status import (
@@ -36,18 +36,6 @@ _SEARCHED_ATTEMPTS = 5
 _MAIN_PROCESS = "main process"
 _OF_BATCH_SCRIPT = re.compile(r"\*\*\* JOB \d|\b\d+\.batch\b")
 """Part of slurmstepd's lines about a job's batch script. Others are about steps: Snakemake repeats logs of failed jobs."""
-_WAITS = {
-    "QOS": "a limit of the job's QOS is reached: wait, or choose another QOS in the site file",
-    "Assoc": "a limit of your account is reached: wait, or ask for a larger one",
-    "ReqNodeNotAvail": "nodes that the job needs are down or reserved: see `scontrol show reservation`",
-    "Resources": "the nodes are busy: wait",
-    "Priority": "other jobs are in front: wait",
-    "Dependency": "it waits for another job",
-    "BeginTime": "Slurm holds a requeued job back for some minutes: wait",
-}
-"""Beginning of a reason that may pass -> what to do. jobs/slurm_reasons.py has the remedies of other reasons."""
-_PASSES_BY_ITSELF = ("Resources", "Priority", "Dependency", "BeginTime")
-"""A limit of nodes or cores may be one that the request alone exceeds; one of the number of jobs passes with other jobs."""
 
 
 @dataclass
@@ -162,10 +150,9 @@ def _waiting_jobs(jobs: list[JobStatus]) -> Iterator[Finding]:
         if job.state == QUEUED:
             reason = job.detail.removeprefix("waits: ")
             waits = f"the job waits in Slurm's queue{', and will not start' if never_starts(reason) else ''}: {reason}"
-            passes = next((text for start, text in _WAITS.items() if reason.startswith(start)), "")
-            remedy = remedy_of(reason) if never_starts(reason) else passes or "wait, or ask the administrators"
-            continues = reason.startswith(_PASSES_BY_ITSELF) or (bool(passes) and limits_number_of_jobs(reason))
-            yield Finding(job.name, waits, f"squeue, job {job.slurm_job_id}", remedy, continues=continues)
+            remedy = remedy_of(reason) if never_starts(reason) else advice_while_waiting(reason)
+            evidence = f"squeue, job {job.slurm_job_id}"
+            yield Finding(job.name, waits, evidence, remedy, continues=passes_by_itself(reason))
 
 
 def _failed_fetches(status: RunStatus) -> Iterator[Finding]:

@@ -14,7 +14,6 @@ from longhaul.artifacts.line_records import read_lines
 from longhaul.report.number_format import finite
 
 MAX_POINTS = 2000
-_LAST_STEPS = 10
 STEP_VALUES = (
     "loss",
     "grad_norm",
@@ -134,11 +133,6 @@ def summarise(metrics: MetricSeries) -> Summary:
         median_mfu=_median(metrics.curves["mfu"].values),
         training_time_s=busy_s or None,
     )
-
-
-def mean_of_last(losses: Sequence[float]) -> float | None:
-    """Return the mean loss of the last 10 steps, as the loss of one batch is noisy; None without a loss."""
-    return statistics.fmean(losses[-_LAST_STEPS:]) if losses else None
 
 
 def _median(values: Iterable[float]) -> float | None:

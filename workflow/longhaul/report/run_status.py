@@ -32,7 +32,6 @@ from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.errors import UserError
 from longhaul.report.failed_fetches import FailedFetch, failed_fetches
 from longhaul.report.learning_result import LearningResult, learning_result, read_unigram_entropies
-from longhaul.report.metric_series import mean_of_last
 from longhaul.report.plan_json import PlanFile, StageRow
 from longhaul.report.slurm_queue_types import AskQueue, Queue, QueuedJob
 from longhaul.report.stage_records import (
@@ -41,6 +40,7 @@ from longhaul.report.stage_records import (
     line_count,
     planned_steps,
     read_rows,
+    recent_loss,
     recent_median,
     step_seconds,
     weights_folder,
@@ -469,7 +469,7 @@ def _progress(
     return Progress(
         step=step,
         first_loss=next((row["loss"] for row in first_rows if "loss" in row), None),
-        loss=mean_of_last([loss for row in trained if (loss := row.get("loss")) is not None]),
+        loss=recent_loss(trained),
         first_validation_loss=_validation_loss(first_rows[:1], only_step=0),
         validation_loss=_validation_loss(validated),
         tokens_per_s=recent_median(trained, "tokens_per_s"),

@@ -23,6 +23,8 @@ from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
 
 RECENT_STEPS = 50
+_LOSS_STEPS = 10
+"""Of the RECENT_STEPS that are read."""
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
 _VALIDATION_WITHIN_BYTES = 16 * 2**20
@@ -162,6 +164,12 @@ def recent_median(rows: list[MetricsRow], name: str) -> float | None:
     """Return the median of a value over the last steps."""
     values = [value for row in rows[-RECENT_STEPS:] if (value := row.get(name)) is not None]
     return statistics.median(values) if values else None
+
+
+def recent_loss(rows: list[MetricsRow]) -> float | None:
+    """Return the mean loss of the last 10 steps, as the loss of one batch is noisy; None without a loss."""
+    losses = [loss for row in rows if (loss := row.get("loss")) is not None]
+    return statistics.fmean(losses[-_LOSS_STEPS:]) if losses else None
 
 
 def bytes_below(folder: Path) -> int:

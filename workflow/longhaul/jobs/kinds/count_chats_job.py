@@ -11,7 +11,10 @@ from longhaul.config.stage_config import Truncate
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan
-from longhaul.planning.slurm_request import COUNT_CHATS, cpu_request
+from longhaul.planning.slurm_request import CpuJobNeeds, cpu_request
+
+COUNT_CHATS = CpuJobNeeds(2, 4000)
+"""The job hashes files in threads, then counts in one, with 25 bytes for each conversation."""
 
 
 class ChatStage(FrozenModel):

@@ -10,7 +10,9 @@ from longhaul.config.dataset_config import Dataset
 from longhaul.jobs.job_kind import OF, JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, evaluation_files
-from longhaul.planning.slurm_request import WRITE_MIXTURE, SlurmRequest, cpu_request
+from longhaul.planning.slurm_request import CpuJobNeeds, SlurmRequest, cpu_request
+
+_JOIN_MANIFESTS = CpuJobNeeds(1, 2000)
 
 
 class TokenizeSpec(JobSpec):
@@ -101,7 +103,7 @@ def _shared_datasets(plan: Plan) -> list[str]:
 
 
 def _request(plan: Plan, job: JobId) -> SlurmRequest:
-    needs = WRITE_MIXTURE if plan.config.datasets[job.names[0]].mixture else None
+    needs = _JOIN_MANIFESTS if plan.config.datasets[job.names[0]].mixture else None
     return cpu_request(plan.site, plan.config.data_minutes, needs)
 
 

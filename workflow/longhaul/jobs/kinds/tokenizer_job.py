@@ -10,7 +10,10 @@ from longhaul.config.dataset_config import Dataset
 from longhaul.jobs.job_kind import JobKind
 from longhaul.jobs.job_spec import JobSpec
 from longhaul.planning import Plan, model_config
-from longhaul.planning.slurm_request import LOAD_TOKENIZER, SlurmRequest, cpu_request
+from longhaul.planning.slurm_request import CpuJobNeeds, SlurmRequest, cpu_request
+
+LOAD_TOKENIZER = CpuJobNeeds(1, 4000)
+"""transformers takes 0.3 GB; large tokenizers and the test of a template take the rest."""
 
 
 class TokenizerSpec(JobSpec):
