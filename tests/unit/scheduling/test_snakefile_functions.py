@@ -139,7 +139,8 @@ def test_a_local_job_with_gpus_takes_all_cores_so_that_no_other_uses_its_gpus(
     local = {"scheduler": "local", "partitions.0.max_nodes": 1, "partitions.0.node.cpus": 8}
     settings = RuleSettings(plan_of(tmp_path, {"stages.0.gpus_per_node": 1}, local))
     monkeypatch.setattr(os, "cpu_count", lambda: 32)
-    assert settings.threads("train")(BASE) == settings.threads("environment")(SimpleNamespace()) == 32
+    jobs = (("train", BASE), ("environment", SimpleNamespace()), ("export", BASE))
+    assert [settings.threads(kind)(wildcards) for kind, wildcards in jobs] == [32, 32, 32]
 
 
 def test_params_are_the_launch_script_and_a_hash_of_the_spec(tmp_path: Path):

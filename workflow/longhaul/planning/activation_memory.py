@@ -5,7 +5,7 @@ from __future__ import annotations
 from longhaul.config.model_size import ModelSize
 from longhaul.config.stage_config import Stage
 from longhaul.planning.choose_packed_attention import BLOCK_TOKENS, skips_pairs_on_gpus
-from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, LOSS_CHUNK_TOKENS
+from longhaul.planning.constants_shared_with_trainer import COMPUTE_BYTES, FP8_MULTIPLE, LOSS_CHUNK_TOKENS
 
 
 def activation_bytes(stage: Stage, sizes: ModelSize, on_gpus: bool = True) -> tuple[int, int]:
@@ -57,11 +57,13 @@ def _bytes_saved_by_fp8(stage: Stage, sizes: ModelSize) -> int:
     matrices, which is saved anyway; only the output of attention is there twice. Experts are computed in bf16, so a mixture
     saves about as much as in bf16.
     """
-    if any(sizes.is_sparse):
+    ranks = stage.parallel.tensor
+    query = sizes.query_heads * sizes.head_width // ranks
+    attention_output, mlp = sizes.attention_width // ranks - query, sizes.mlp_width // ranks
+    # Matrices of other sizes are multiplied in bf16, and so are experts.
+    if any(sizes.is_sparse) or any(width % FP8_MULTIPLE for width in (sizes.hidden_size, query, attention_output, mlp)):
         return 0
-    attention_output = sizes.attention_width - sizes.query_heads * sizes.head_width
-    in_bf16 = 2 * (sizes.mlp_width // stage.parallel.tensor + 2 * sizes.hidden_size)
-    return in_bf16 - attention_output // stage.parallel.tensor
+    return 2 * (mlp + 2 * sizes.hidden_size) - attention_output
 
 
 def _is_compiled(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:

@@ -218,7 +218,7 @@ class RuleSettings:
         """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it.
 
         A job with GPUs takes all cores. Without Slurm, nobody else keeps two jobs from the same GPUs. Snakemake takes less
-        where it has fewer cores.
+        where it has fewer cores. An export asks for no GPU, but computes logits on one where the training had one.
         """
 
         def threads(wildcards: object) -> int:
@@ -226,7 +226,8 @@ class RuleSettings:
                 return 1
             request = job_request(self._plan, job_kinds()[kind].job_id(wildcards))
             cores = request.tasks * request.cpus_per_task
-            return max(cores, os.cpu_count() or 1) if request.gpus_per_node else cores
+            uses_gpus = request.gpus_per_node or (kind == "export" and self._plan.site.node.gpus)
+            return max(cores, os.cpu_count() or 1) if uses_gpus else cores
 
         return threads
 
