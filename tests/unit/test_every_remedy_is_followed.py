@@ -1,7 +1,7 @@
 """Every remedy is followed by a test, or has a reason why no test can.
 
-Those about tokens, shards and job files are in test_remedies.py. The others need more than small files: FOLLOWED_ELSEWHERE names
-the test that follows them.
+Those about tokens, shards and job files are in test_remedies_about_files.py. The others need more than small files:
+FOLLOWED_ELSEWHERE names the test that follows them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from longhaul.config.shipped_files import PACKAGE
 from tests.support.remedies_in_source import RemedyInSource, remedies_in_source, texts_of
-from tests.unit.test_remedies import REMEDIES
+from tests.unit.test_remedies_about_files import REMEDIES
 
 FOLLOWED_ELSEWHERE = {
     "for a model.pretrained.hub, do it in a copy of its folder": (
@@ -27,7 +27,7 @@ FOLLOWED_ELSEWHERE = {
     "export it again: rm ": "unit/evaluation/test_evaluate_model.py::test_altered_export_is_refused",
     "download it again: rm -r ": "unit/evaluation/test_evaluate_model.py::test_data_of_the_hub_come_from_what_fetch_stored",
     "restore the file, or pin the newest revisions: longhaul fetch": (
-        "unit/planning/test_tampered_lock.py::test_the_remedy_pins_again_instead_of_deleting"
+        "unit/planning/test_tampered_hub_lock.py::test_the_remedy_pins_again_instead_of_deleting"
     ),
     "the folder was copied or edited: move it away, and the stage is trained in its place": (
         "unit/train/checkpoint/test_weights_folder.py::test_edited_identity_is_refused_until_the_folder_is_moved_away"
@@ -702,7 +702,7 @@ REMEDIES_OF_PLANS = ("config/", "planning/")
 
 
 def remedies_to_follow() -> list[RemedyInSource]:
-    """Return the remedies that must be in a table of this file or of test_remedies.py."""
+    """Return the remedies that must be in a table of this file or of test_remedies_about_files.py."""
     return [remedy for remedy in remedies_in_source() if not remedy.module.startswith(REMEDIES_OF_PLANS)]
 
 

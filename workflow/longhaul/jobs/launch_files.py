@@ -1,4 +1,4 @@
-"""Writes launch.sh, launch.json, job.sbatch and controller.sbatch: srun command and binding, modules."""
+"""Writes launch.sh, launch.json, job.sbatch and controller.sbatch: gives srun command and binding to their templates."""
 
 from __future__ import annotations
 

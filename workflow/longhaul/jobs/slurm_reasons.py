@@ -1,4 +1,4 @@
-"""Slurm's reason codes of refused and waiting jobs: which limits the request alone exceeds, which reasons never pass, remedies.
+"""What to do for each reason why Slurm refuses a job or lets it wait; which reasons never pass, and which pass by themselves.
 
 The codes are those of Slurm's src/common/job_state_reason.c (26.11), https://slurm.schedmd.com/job_reason_codes.html
 """

@@ -1,4 +1,4 @@
-"""Finds the causes for `longhaul doctor`: failure.json, advice for each Slurm pending reason, problems in logs, past faults;
+"""Finds the causes for `longhaul doctor`: failure.json, waiting jobs (jobs/slurm_reasons.py), problems in logs, past faults;
 formats the findings.
 """
 

@@ -1,4 +1,4 @@
-"""Computes the values of `longhaul status`: job states, step, loss, time left, GPU-hours; read_job_queue.py asks Slurm.
+"""Collects what `longhaul status` shows: job states, time left, GPU-hours; loss and speed are those of stage_records.py.
 
 Only small files and the ends of large ones are read, so that the answer comes within two seconds for 1,000 stages.
 """

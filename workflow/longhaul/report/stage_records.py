@@ -1,4 +1,4 @@
-"""Reads what a stage has recorded so far: weights folder, length in steps, and speed, step time and MFU of its last 50 steps."""
+"""Reads what a stage has recorded so far: weights folder, length in steps; mean loss, speed, MFU of its last steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits the CPU time of code that a user's file decides, such as a chat template."""
+"""Runs code that a user's file decides, such as a chat template, within the CPU time that the caller allows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches from squeue the queued jobs of a run, with state, pending reason and expected start; status_text.py prints them."""
+"""Asks squeue for the queued jobs of a run, for some seconds: state, reason, expected start; status_text.py prints them."""
 
 from __future__ import annotations
 

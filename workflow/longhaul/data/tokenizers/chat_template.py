@@ -1,4 +1,4 @@
-"""Renders conversations, and finds the assistant's spans that count in the loss ({% generation %} markers, reasoning).
+"""Renders conversations, each within 10 s of CPU time, and finds the assistant's spans that count in the loss.
 
 A template with {% generation %} markers marks these spans itself. For any other template, an assistant turn starts where
 the rendering of all messages before it, with a generation prompt, ends. It ends with the last EOS in the rendering of all
