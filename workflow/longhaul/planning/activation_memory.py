@@ -45,6 +45,8 @@ def _saved_bytes_per_token(stage: Stage, sizes: ModelSize, on_gpus: bool) -> int
     split = sizes.saved_activations + (sizes.repeated_key_values if _repeats_key_values(stage, sizes, on_gpus) else 0)
     recomputed, norm_copies = (sizes.mlp_width, 0) if _is_compiled(stage, sizes, on_gpus) else (0, 4)
     elements = (split - recomputed) // stage.parallel.tensor + sizes.unsplit_activations
+    if stage.parallel.sequence > 1:
+        elements += _attention_output(stage, sizes)  # before and after it is exchanged for this rank's tokens
     bytes_per_token = elements * width + sizes.normed_elements * (norm_copies + width)
     is_in_fp8 = stage.precision == "fp8" and _is_compiled(stage, sizes, on_gpus)
     return bytes_per_token - (_bytes_saved_by_fp8(stage, sizes) if is_in_fp8 else 0)
@@ -58,12 +60,18 @@ def _bytes_saved_by_fp8(stage: Stage, sizes: ModelSize) -> int:
     saves about as much as in bf16.
     """
     ranks = stage.parallel.tensor
-    query = sizes.query_heads * sizes.head_width // ranks
-    attention_output, mlp = sizes.attention_width // ranks - query, sizes.mlp_width // ranks
+    query, attention_output = sizes.query_heads * sizes.head_width // ranks, _attention_output(stage, sizes)
+    mlp = sizes.mlp_width // ranks
     # Matrices of other sizes are multiplied in bf16, and so are experts.
     if any(sizes.is_sparse) or any(width % FP8_MULTIPLE for width in (sizes.hidden_size, query, attention_output, mlp)):
         return 0
-    return 2 * (mlp + 2 * sizes.hidden_size) - attention_output
+    exchanged = attention_output if stage.parallel.sequence > 1 else 0
+    return 2 * (mlp + 2 * sizes.hidden_size + exchanged) - attention_output
+
+
+def _attention_output(stage: Stage, sizes: ModelSize) -> int:
+    """Return the elements per token of the output of a rank's heads."""
+    return (sizes.attention_width - sizes.query_heads * sizes.head_width) // stage.parallel.tensor
 
 
 def _is_compiled(stage: Stage, sizes: ModelSize, on_gpus: bool) -> bool:
