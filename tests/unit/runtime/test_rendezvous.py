@@ -155,7 +155,7 @@ def test_a_slow_name_service_is_named_until_it_is_quick(monkeypatch: pytest.Monk
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     missing = "1 of 2 ranks did not arrive within 0.5 s: 1"
     for wanted in (
-        rf"{missing}; the name service took 0\.3 s .*\s+remedy: .* reverse zone",
+        rf"{missing}; the name service took [\d.]+ s .*\s+remedy: .* reverse zone",
         rf"{missing}\s+remedy: read in",
     ):
         monkeypatch.setenv("MASTER_PORT", free_port())
