@@ -24,6 +24,8 @@ import sys, time, torch
 from longhaul.errors import UserError
 from longhaul.runtime.process_rank import this_rank
 from longhaul.runtime.rendezvous import process_group
+print("ready", flush=True)
+sys.stdin.readline()  # all ranks begin together, however long their imports took
 started = time.monotonic()
 try:
     with process_group(this_rank(), "gloo", 30.0, rendezvous_timeout_s=float(sys.argv[1])):
@@ -62,7 +64,14 @@ def start(
         if "SLURM_STEP_ID" in variables:
             own = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NTASKS": str(world_size)}
         command = [sys.executable, "-c", worker, str(timeout_s)]
-        started.append(subprocess.Popen(command, env={**shared, **own}, stdout=subprocess.PIPE, text=True))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        started.append(subprocess.Popen(command, env={**shared, **own}, text=True, **pipes))
+    for process in started:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+    for process in started:
+        assert process.stdin
+        process.stdin.write("\n")
+        process.stdin.flush()
     return [process.communicate(timeout=60)[0] for process in started]
 
 
