@@ -1,5 +1,5 @@
-"""Starts the steps of one attempt (srun or local processes, MASTER_PORT), stops them by SIGTERM, then SIGKILL; returns the first
-failure.
+"""Starts the steps of one attempt (srun or local processes, MASTER_PORT), stops them by SIGTERM, after 300 s by
+SIGKILL; returns the first failure.
 """
 
 from __future__ import annotations
