@@ -1,4 +1,4 @@
-"""What to do for each reason why Slurm refuses a job or lets it wait; which reasons never pass, and which pass by themselves.
+"""Remedies for the reasons why Slurm refuses a job or keeps it pending; which reasons never end, and which end by themselves.
 
 The codes are those of Slurm's src/common/job_state_reason.c (26.11), https://slurm.schedmd.com/job_reason_codes.html
 """

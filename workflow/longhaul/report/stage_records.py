@@ -24,7 +24,7 @@ from longhaul.errors import UserError
 
 RECENT_STEPS = 50
 _LOSS_STEPS = 10
-"""Of the RECENT_STEPS that are read."""
+"""Number of steps whose losses are averaged; at most RECENT_STEPS."""
 _FIRST_ROWS = 5
 """Rows at the start of a metrics file: validation before the first step, the first step, and what a resume may have left."""
 _VALIDATION_WITHIN_BYTES = 16 * 2**20

@@ -124,6 +124,6 @@ class CompiledForward:
             ) from error
 
 
-def _shortened(text: str, begin: int = 300, end: int = 1000) -> str:
-    """Return begin and end of a long text: torch's own error, and what the C compiler printed last."""
-    return text if len(text) <= begin + end else f"{text[:begin]} … {text[-end:]}"
+def _shortened(text: str) -> str:
+    """Return the beginning and the end of a long text: torch's own error, and what the C compiler printed last."""
+    return text if len(text) <= 1300 else f"{text[:300]} … {text[-1000:]}"
