@@ -1,4 +1,4 @@
-"""Measures how long a training step waits for its data, how long hashes of shards take, and how long a manifest opens.
+"""Measures how long a training step waits for its data, how long hashing shards takes, and how long opening a manifest takes.
 
 One process on one core reads batches through the trainer's Prefetcher. A pause replaces the computation of a step; it is
 as long as the step's tokens take at TOKENS_PER_S. Shards hold random tokens and are in the page cache.
