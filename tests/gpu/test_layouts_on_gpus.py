@@ -26,7 +26,7 @@ from tests.support.pipeline_run import PipelineRun
 
 pytestmark = [
     pytest.mark.skipif(GPUS != 2, reason=f"needs two GPUs, this machine has {GPUS}"),
-    pytest.mark.timeout(1800),
+    pytest.mark.timeout(3600),
 ]
 
 BASELINE = "data"

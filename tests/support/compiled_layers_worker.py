@@ -26,6 +26,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
 from longhaul.train.parallel.slice_model import build_sliced_model
 from tests.parity.parity_cases import MODELS
+from tests.support.backward_in_thread import backward_in_thread
 from tests.support.tiny_model_sizes import tiny_stage
 
 RANKS, LENGTH, STEPS = 2, 16, 5
@@ -51,7 +52,7 @@ def gradients(name: str, captures: bool) -> tuple[dict[str, torch.Tensor], dict[
         use_experts_for_gpus(model)
         compile_layers(model, "aot_eager")
     engine, batch = _Engine(model), _batch(model, dims)
-    loss_sum(engine, batch, dims).backward()
+    backward_in_thread(loss_sum(engine, batch, dims))
     found = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
     return found, load.finish_step(torch.ones(()))
 
@@ -68,7 +69,7 @@ def graphs_after_steps(name: str) -> list[int]:
     compile_layers(model, "aot_eager")
     engine, graphs = _Engine(model), list[int]()
     for step in range(STEPS):
-        loss_sum(engine, _batch(model, dims, seed=RANKS * step + dist.get_rank()), dims).backward()
+        backward_in_thread(loss_sum(engine, _batch(model, dims, seed=RANKS * step + dist.get_rank()), dims))
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return graphs
 

@@ -8,9 +8,9 @@ import torch
 import torch.utils.checkpoint
 
 from longhaul.compat.torch import (
+    allow_graphs,
     can_skip_update_on_device,
     compile_error_reason,
-    configure_compiler,
     is_in_backward_pass,
     matmul_and_attention_ops,
     set_update_scale,
@@ -61,12 +61,9 @@ def test_errors_of_the_compiler_have_only_a_private_class() -> None:
     assert compile_error_reason(RuntimeError("of the layer itself")) is None
 
 
-def test_the_settings_of_the_compiler_are_private() -> None:
+def test_the_limit_of_graphs_is_private() -> None:
     import torch._dynamo
-    import torch._inductor.config
 
     assert torch._dynamo.config.recompile_limit >= 8
-    with torch._inductor.config.patch(deterministic=False):
-        configure_compiler(70)
-        assert torch._inductor.config.deterministic
+    allow_graphs(70)
     assert torch._dynamo.config.recompile_limit >= 70

@@ -19,6 +19,7 @@ from longhaul.train.parallel.expert_load_balancing import ExpertLoad
 from longhaul.train.parallel.parallel_dims import ParallelDims
 from tests.parity.parity_cases import MODELS
 from tests.support import compiled_layers_worker, compiled_zero3_worker
+from tests.support.backward_in_thread import backward_in_thread
 from tests.support.launch_ranks import launch_worker
 from tests.support.tiny_model_sizes import tiny_stage
 
@@ -36,7 +37,8 @@ def build(name: str) -> Any:
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    model(input_ids=torch.arange(2, 34).view(2, 16), position_ids=PACKED).logits.logsumexp(-1).mean().backward()
+    loss = model(input_ids=torch.arange(2, 34).view(2, 16), position_ids=PACKED).logits.logsumexp(-1).mean()
+    backward_in_thread(loss)
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 

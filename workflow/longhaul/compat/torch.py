@@ -1,4 +1,4 @@
-"""Private parts of torch: ATen ops for selective checkpointing, torch.compile's settings and errors, build locks, fused AdamW.
+"""Private parts of torch: ATen ops for selective checkpointing, limit and errors of torch.compile, build locks, fused AdamW.
 Written for torch 2.13.
 """
 
@@ -94,18 +94,14 @@ def compile_error_reason(error: Exception) -> CompileErrorReason | None:
     return CompileErrorReason(text, isinstance(error, (Unsupported, UserError)))
 
 
-def configure_compiler(graphs: int) -> None:
-    """Let torch.compile keep this many graphs of one function, and choose kernels without measuring them.
+def allow_graphs(graphs: int) -> None:
+    """Let torch.compile keep this many graphs of one function; it gives up after eight.
 
-    torch gives up after eight graphs. Releases before torch.compile's argument `recompile_limit` (PyTorch pull request 177936)
-    have no public setting. A kernel that is chosen by its speed may add in another order in the next attempt, and a resumed
-    training would not end with the same bits.
+    Releases before torch.compile's argument `recompile_limit` (PyTorch pull request 177936) have no public setting.
     """
     import torch._dynamo
-    import torch._inductor.config
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
-    torch._inductor.config.deterministic = True
 
 
 def can_skip_update_on_device(optimizer: Any) -> bool:

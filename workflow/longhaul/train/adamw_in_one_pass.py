@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from longhaul.train.compile_reproducibly import compile_reproducibly
+
 
 def is_compiled(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether this optimizer is an AdamW on GPUs whose kernel the trainer may compile."""
@@ -61,7 +63,7 @@ def _numbers(
 
 @cache
 def _compiled_update() -> Callable[..., None]:
-    return torch.compile(_update, fullgraph=True, dynamic=False)
+    return compile_reproducibly(_update)
 
 
 def _update(

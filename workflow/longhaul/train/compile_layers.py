@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from longhaul.compat.torch import compile_error_reason, configure_compiler
+from longhaul.compat.torch import allow_graphs, compile_error_reason
 from longhaul.compat.transformers import take_over_activation_checkpointing
 from longhaul.config.stage_config import Stage
 from longhaul.errors import UserError
+from longhaul.train.compile_reproducibly import compile_reproducibly
 from longhaul.train.parallel.sliced_parameters import decoder_layers
 
 _NOT_COMPILED = "decoder layers run without torch.compile"
@@ -50,7 +51,7 @@ def compile_layers(model: Any, backend: str = "inductor") -> None:
     """
     layers = decoder_layers(model)
     # A dense layer and a mixture, packed and unpacked samples have graphs of their own.
-    configure_compiler(8 + 4 * len(layers))
+    allow_graphs(8 + 4 * len(layers))
     fallback = _Fallback()
     for layer in layers:
         layer.forward = CompiledForward(layer, backend, fallback)
@@ -70,7 +71,7 @@ class _Fallback:
 
 def compile_part(backend: str, eager: Callable[..., object], dynamic: bool | None) -> Callable[..., object]:
     """Compile a part of a layer where gradients are needed. What cannot be captured of it runs without torch.compile."""
-    compiled = torch.compile(eager, backend=backend, dynamic=dynamic)
+    compiled = compile_reproducibly(eager, backend=backend, fullgraph=False, dynamic=dynamic)
 
     def compute(*arguments: object, **named: object) -> object:
         return (compiled if torch.is_grad_enabled() else eager)(*arguments, **named)
@@ -92,7 +93,7 @@ class CompiledForward:
         layer.is_checkpointed_outside_of_graphs = self._checkpoint is not None
         # While a function that was compiled with dynamic=False runs, torch compiles for one size whatever is called in it. So
         # layers with parts of their own find out what differs, too (None).
-        self._compiled: Callable[..., object] = torch.compile(
+        self._compiled: Callable[..., object] = compile_reproducibly(
             layer.forward, backend=backend, fullgraph=not breaking, dynamic=None if breaking else False
         )
 

@@ -23,6 +23,7 @@ from longhaul.compat.transformers import known_documents
 from longhaul.data.sampling.sample_format import IGNORED_LABEL
 from longhaul.planning.constants_shared_with_trainer import COMPILED_LOSS_CHUNK_TOKENS, LOSS_CHUNK_TOKENS
 from longhaul.train.batches import MicroBatch
+from longhaul.train.compile_reproducibly import compile_reproducibly
 from longhaul.train.parallel.parallel_dims import ParallelDims
 
 
@@ -154,7 +155,7 @@ def _is_compiled(hidden_NH: torch.Tensor, dims: ParallelDims | None) -> bool:
 
 @cache
 def _compiled_losses_and_slopes() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    return torch.compile(_fused_losses_and_slopes, fullgraph=True, dynamic=False)
+    return compile_reproducibly(_fused_losses_and_slopes)
 
 
 def _fused_losses_and_slopes(

@@ -30,7 +30,7 @@ def gather_whole_tensors(engine: Engine, context: DistributedContext) -> Iterato
     All ranks must iterate; ranks other than 0 send their slices and get no items.
 
     Raises:
-        RuntimeError: ranks hold different values of the same slice, so a gradient was not summed over them.
+        RuntimeError: ranks hold different values of the same slice: a gradient was not summed over them, or kernels differ.
     """
     own = {tensor_slice.name: (tensor_slice, tensor, False) for tensor_slice, tensor in parameter_slices(engine.module)}
     own |= {tensor_slice.name: (tensor_slice, buffer, True) for tensor_slice, buffer in buffer_slices(engine.module)}
@@ -122,5 +122,6 @@ def _check_replicas(held_by_rank: list[Held], digests_by_rank: list[dict[str, st
             first_rank, expected = first.setdefault((name, _position(held_by_rank[rank][name][0])), (rank, digest))
             if digest != expected:
                 raise RuntimeError(
-                    f"ranks {first_rank} and {rank} hold different values of {name}: its gradient was not summed over them"
+                    f"ranks {first_rank} and {rank} hold different values of {name}: its gradient was not summed over them,"
+                    " or their kernels added in different orders"
                 )
