@@ -15,7 +15,7 @@ from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime import rank_placement
 from longhaul.runtime.process_rank import Rank
-from longhaul.runtime.rank_placement import bind_to_gpu_cores, gpu_index, part_of
+from longhaul.runtime.rank_placement import bind_to_gpu_cores, computes_on_gpus, gpu_index, part_of
 from longhaul.train import distributed_context
 from tests.support.small_configs import plan_of
 
@@ -143,3 +143,17 @@ def test_ranks_of_a_training_bind_themselves_where_the_site_file_says_auto(
     with distributed_context.distributed_context(job):
         assert bound == expected
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "accelerator", "expected"),
+    [(True, None, True), (True, "cuda", True), (True, "cpu", False), (False, None, False)],
+)
+def test_a_job_computes_on_gpus_that_the_site_file_has(
+    has_gpu: bool, accelerator: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if accelerator:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    assert computes_on_gpus() is expected

@@ -34,7 +34,7 @@ from longhaul.checks.run_parts_in_child import HungStep, Part, Step, announce, r
 from longhaul.errors import BadNodesError, UserError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
-from longhaul.runtime.rank_placement import gpu_index
+from longhaul.runtime.rank_placement import computes_on_gpus, gpu_index
 from longhaul.runtime.rdma_variables import INTERCONNECT
 from longhaul.runtime.rendezvous import process_group
 
@@ -158,7 +158,7 @@ def _open_device(rank: Rank) -> Any:
     """Return this rank's GPU, which CUDA has opened; the CPU on a node without GPUs."""
     import torch
 
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+    if not computes_on_gpus():
         return torch.device("cpu")
     device = torch.device("cuda", gpu_index(rank))
     announce("first call into CUDA or ROCm", _numbers(device))

@@ -11,8 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from longhaul.artifacts.atomic_files import content_hash
 from longhaul.artifacts.compare_hashes import read_export
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
@@ -23,6 +21,7 @@ from longhaul.evaluation.offline_datasets import OfflineDatasets
 from longhaul.evaluation.served_model import run_part_of_served_model, served_model
 from longhaul.jobs.kinds.evaluate_job import EvaluateSpec
 from longhaul.runtime.process_rank import forget_launcher
+from longhaul.runtime.rank_placement import computes_on_gpus
 from longhaul.serving.engine_version import engine_version
 from longhaul.serving.link_server_nodes import NodeLink, node_link
 
@@ -83,7 +82,7 @@ def _loaded_model(job: EvaluateSpec, folder: str) -> Iterator[Any]:
     from lm_eval.models.huggingface import HFLM
 
     forget_launcher()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = computes_on_gpus()
     create: Any = HFLM  # its arguments are those of a class that a decorator hides
     yield create(
         pretrained=folder,

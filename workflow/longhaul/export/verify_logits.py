@@ -28,6 +28,7 @@ from longhaul.export.fp8_tensors import Fp8Matrix
 from longhaul.export.layerwise_model import LayerwiseModel, ReadRange
 from longhaul.export.tensor_blocks import torch_threads
 from longhaul.export.verify_tensors import NO_EXPORT_HINT, open_export
+from longhaul.runtime.rank_placement import computes_on_gpus
 
 TF32_EPS = 2.0**-10
 """GPUs may multiply fp32 numbers with a significand of 11 bits."""
@@ -136,7 +137,7 @@ def verify_logits(exported: WrittenExport, reference_folder: Path, dtype: torch.
         UserError: the logits do not satisfy the criterion.
     """
     reference = read_reference_logits(reference_folder)
-    device = reference.device if reference.device == "cpu" or torch.cuda.is_available() else "cpu"
+    device = reference.device if computes_on_gpus() else "cpu"
     with torch_threads(reference.threads):
         found_PTV = _logits(exported.model(reference.compute, device), reference)
         bit_equal = torch.equal(found_PTV, reference.logits_PTV)

@@ -1,4 +1,4 @@
-"""Chooses a rank's GPU on its node, and binds the rank to whole cores near that GPU (NUMA)."""
+"""Says whether a job computes on GPUs, chooses the GPU of a rank, and binds it to whole cores near that GPU (NUMA)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,16 @@ from longhaul.runtime.process_rank import Rank
 CPUS = Path("/sys/devices/system/cpu")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NUMA_NODES = Path("/sys/devices/system/node")
+
+
+def computes_on_gpus() -> bool:
+    """Return whether the processes of this job compute on GPUs: torch finds one, and the site file has some.
+
+    A job gets DS_ACCELERATOR=cpu where the site file has none. DeepSpeed reads it, too.
+    """
+    import torch
+
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def gpu_index(rank: Rank) -> int:

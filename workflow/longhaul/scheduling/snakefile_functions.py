@@ -218,15 +218,16 @@ class RuleSettings:
         """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it.
 
         A job with GPUs takes all cores. Without Slurm, nobody else keeps two jobs from the same GPUs. Snakemake takes less
-        where it has fewer cores. An export asks for no GPU, but computes logits on one where the training had one.
+        where it has fewer cores.
         """
 
         def threads(wildcards: object) -> int:
             if self._plan.site.scheduler != "local":
                 return 1
-            request = job_request(self._plan, job_kinds()[kind].job_id(wildcards))
+            job_kind = job_kinds()[kind]
+            request = job_request(self._plan, job_kind.job_id(wildcards))
             cores = request.tasks * request.cpus_per_task
-            uses_gpus = request.gpus_per_node or (kind == "export" and self._plan.site.node.gpus)
+            uses_gpus = request.gpus_per_node or (job_kind.computes_on_free_gpu and self._plan.site.node.gpus)
             return max(cores, os.cpu_count() or 1) if uses_gpus else cores
 
         return threads

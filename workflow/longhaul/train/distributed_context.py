@@ -17,7 +17,7 @@ from longhaul.compat.deepspeed_ops import compile_without_debug_information, dis
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.runtime.compiled_ops import use_ops_folder
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
-from longhaul.runtime.rank_placement import bind_to_gpu_cores, gpu_index
+from longhaul.runtime.rank_placement import bind_to_gpu_cores, computes_on_gpus, gpu_index
 from longhaul.runtime.rendezvous import process_group
 from longhaul.runtime.swap_folders import swap_folder
 from longhaul.train.parallel.parallel_dims import ParallelDims, build_parallel_dims
@@ -97,7 +97,7 @@ def distributed_context(job: TrainSpec) -> Iterator[DistributedContext]:
     torch.set_num_threads(threads)
     # DeepSpeed calls collectives by names that torch has deprecated, thousands of times.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    on_gpu = computes_on_gpus()
     device = torch.device("cuda", gpu_index(rank)) if on_gpu else torch.device("cpu")
     if not on_gpu or job.stage.compile == "off":
         # DeepSpeed decorates its Muon optimizer with torch.compile, which imports the compiler: that costs every rank a second.
