@@ -1,4 +1,4 @@
-"""Measures how many small faults the unit tests find: mutmut changes one expression of a module at a time.
+"""Measures how many small faults the unit tests find in the modules that it lists: mutmut changes one expression at a time.
 
     python -m bench.mutation_score [MODULE ...]     MODULE: a path below workflow/longhaul, for example report/goodput.py
 

@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, README = ROOT / "workflow" / "longhaul", ROOT / "README.md"
 OTHER_FOLDERS = {
+    "config/examples": "configs to start from, which `longhaul init` copies",
+    "config/evaluation": "tasks of lm-evaluation-harness for the demo",
     "workflow/rules": "the rules of the Snakefile, one file per step",
     "templates/sbatch": "scripts of jobs and containers; Jinja templates end in .j2",
     "templates/deepspeed": "DeepSpeed's config",
@@ -19,6 +21,7 @@ OTHER_FOLDERS = {
     "profiles/slurm": "how Snakemake runs through Slurm",
     "envs": "pinned versions; conda environments and a container definition made from them",
     "bench": "benchmarks; make bench-<name> runs them, records are in bench/results",
+    "tests": "what all tests use",
     "tests/support": "helpers of several tests: small configs and runs, made-up hardware, processes that tests start as ranks",
     "tests/support/injected": "what Python imports first in processes whose faults a test injects",
     "tests/support/pyxis": "Slurm's container options on the test cluster",

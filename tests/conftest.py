@@ -1,4 +1,4 @@
-"""Options and fixtures of all tests: groups for parallel workers, compiled ops, a finished small run, a fake tracking server."""
+"""Options and fixtures of all tests: parallel workers, hypothesis' examples and deadline, compiled ops, a finished small run."""
 
 from __future__ import annotations
 

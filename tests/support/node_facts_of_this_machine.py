@@ -1,4 +1,4 @@
-"""Runs the parts of the environment check in this process: what a test replaces counts, and other threads do not matter."""
+"""Reads the facts of this machine as the environment check does, but in the test's process, where replaced functions count."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Makes the tokenizer, and token shards for each dataset that a stage trains on. Counts what sft stages keep of conversations.
+Makes the tokenizer and the token shards of each dataset, counts what sft stages keep, and says which outputs are temporary.
 IN   the datasets' files, or the lock that fetch wrote
 OUT  results/<run>/tokenizer.json;  results/<run>/data/<dataset>.json   (shards are beside it, in folders named by their hash);
      results/<run>/data/<dataset>.kept.json

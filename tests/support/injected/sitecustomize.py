@@ -1,4 +1,4 @@
-"""Python imports this file at its start if the folder is on its path. Faults of single processes:
+"""Gives a process NaN losses, a wrong clock or a slow disk: Python imports this file at its start if its folder is on the path.
 
 NAN_BATCHES: trainers compute NaN in these batches
 WRONG_CLOCK: while this file exists, the clock of a node is an hour ahead in the environment check

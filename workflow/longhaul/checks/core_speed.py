@@ -1,5 +1,5 @@
-"""Measures how fast the job's cores work, on all nodes at once, and names nodes whose cores other processes, a limit or heat slow
-down. Needs no torch.
+"""Measures how fast the job's cores work, on all nodes at once; warns of nodes or fails them if other processes, a limit or heat
+slow their cores down. Needs no torch.
 """
 
 from __future__ import annotations

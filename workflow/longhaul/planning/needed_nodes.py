@@ -1,4 +1,4 @@
-"""The smallest numbers of nodes of a site on which a stage fits, by the memory plan. Nothing is allocated."""
+"""Finds the smallest number of nodes on which a stage fits, for each way to hold a model: ZeRO stage, offload, split."""
 
 from __future__ import annotations
 

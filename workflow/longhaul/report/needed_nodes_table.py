@@ -1,4 +1,4 @@
-"""Tables of how many nodes a model needs: for the stages of a plan, and for well-known models at a site."""
+"""Prints how many nodes a model needs: a table for each stage of a plan, and one of well-known models at a site."""
 
 from __future__ import annotations
 

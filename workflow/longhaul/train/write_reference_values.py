@@ -1,4 +1,5 @@
-"""Writes reference/ of a checkpoint for the export's verification: tensor hashes, logits of fixed prompts, sample prompts.
+"""Writes reference/ of a checkpoint for the export's verification: tensor hashes, logits of the prompts
+that it draws, sample prompts.
 
 | file               | content                                                                                  |
 | tensors.json       | name -> shape and SHA-256 of every tensor, in fp32 and in the export's dtype              |

@@ -1,4 +1,6 @@
-"""Encodes batches of documents as token ids with loss masks; leaves out empty and too long ones; sets the split key."""
+"""Encodes batches of documents as token ids with loss masks; leaves out empty ones and those above its limits of size; sets
+the split key.
+"""
 
 from __future__ import annotations
 
