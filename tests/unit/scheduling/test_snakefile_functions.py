@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from longhaul.errors import UserError
 from longhaul.planning import Plan
 from longhaul.planning.slurm_request import SlurmRequest
 from longhaul.scheduling import slurm_client, snakefile_functions
-from longhaul.scheduling.snakefile_functions import RuleSettings
+from longhaul.scheduling.snakefile_functions import ALL_CORES, RuleSettings
 from tests.support.run_with_fake_engine import FAKE_VLLM
 from tests.support.small_configs import LLAMA, plan_of
 
@@ -133,14 +135,28 @@ def test_threads_are_the_cores_of_this_machine_or_one_on_a_cluster(tmp_path: Pat
     assert RuleSettings(plan_of(tmp_path / "cpu", changes, local)).threads("tokenizer")(SimpleNamespace()) == 8
 
 
-def test_a_local_job_with_gpus_takes_all_cores_so_that_no_other_uses_its_gpus(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_local_job_with_gpus_takes_all_cores_so_that_no_other_uses_its_gpus(tmp_path: Path):
     local = {"scheduler": "local", "partitions.0.max_nodes": 1, "partitions.0.node.cpus": 8}
     settings = RuleSettings(plan_of(tmp_path, {"stages.0.gpus_per_node": 1}, local))
-    monkeypatch.setattr(os, "cpu_count", lambda: 32)
     jobs = (("train", BASE), ("environment", SimpleNamespace()), ("export", BASE))
-    assert [settings.threads(kind)(wildcards) for kind, wildcards in jobs] == [32, 32, 32]
+    assert [settings.threads(kind)(wildcards) for kind, wildcards in jobs] == [ALL_CORES] * 3
+
+
+_RULE = """
+rule {name}:
+    output: "{name}"
+    threads: lambda wildcards: {cores}
+    shell: "mkdir running && touch {{output}} && rmdir running"
+"""
+
+
+def test_snakemake_runs_a_job_that_wants_all_cores_alone(tmp_path: Path):
+    """With more cores than any machine has: two jobs at once would make the folder twice."""
+    rules = [_RULE.format(name=name, cores=ALL_CORES) for name in ("a", "b")]
+    (tmp_path / "Snakefile").write_text("rule all:\n    input: 'a', 'b'\n" + "".join(rules))
+    command = [sys.executable, "-m", "snakemake", "--cores", "9000"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stderr.count("threads: 9000") == 2, done.stderr
 
 
 def test_params_are_the_launch_script_and_a_hash_of_the_spec(tmp_path: Path):

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # Snakemake evaluates a job's resources one key after the other; state files and the quarantine are read once for all.
+ALL_CORES = 1_000_000
+"""Threads of a job that runs alone: Snakemake takes those that it has (--cores), which may be more than the machine has."""
 _REQUEST_VALID_S = 1.0
 
 
@@ -217,8 +219,7 @@ class RuleSettings:
     def threads(self, kind: str) -> Callable[[object], int]:
         """Return a rule's `threads:`: the cores that a job takes on this machine. On a cluster, resources say it.
 
-        A job with GPUs takes all cores. Without Slurm, nobody else keeps two jobs from the same GPUs. Snakemake takes less
-        where it has fewer cores.
+        A job with GPUs takes all cores. Without Slurm, nobody else keeps two jobs from the same GPUs.
         """
 
         def threads(wildcards: object) -> int:
@@ -228,7 +229,7 @@ class RuleSettings:
             request = job_request(self._plan, job_kind.job_id(wildcards))
             cores = request.tasks * request.cpus_per_task
             uses_gpus = request.gpus_per_node or (job_kind.computes_on_free_gpu and self._plan.site.node.gpus)
-            return max(cores, os.cpu_count() or 1) if uses_gpus else cores
+            return ALL_CORES if uses_gpus else cores
 
         return threads
 
