@@ -53,7 +53,7 @@ def test_collectives_between_gpus_are_timed_and_right(tmp_path: Path):
         f"{row['time_us']:10.1f} µs, 95th percentile {row['p95_us']:10.1f} µs, 99th {row.get('p99_us', 0.0):10.1f} µs"
         for row in rows
     ]
-    write_result("fabric_gpu", ["command: make test-gpu", *describe_machine(("torch",))[1:], describe_gpus(), *lines])
+    write_result("gpu_fabric", ["command: make test-gpu", *describe_machine(("torch",))[1:], describe_gpus(), *lines])
     found = {row["collective"] for row in rows}
     assert found == {"all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "send_recv"}
     assert max(row["bus_bandwidth_gbps"] for row in rows) > 10, "faster than any PCIe 3 link"

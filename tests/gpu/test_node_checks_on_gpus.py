@@ -47,7 +47,7 @@ def test_healthy_gpus_pass_and_every_rate_is_measured(tmp_path: Path):
         for row in rows
     ]
     versions = describe_machine(("torch", "nvidia-ml-py"))
-    write_result("node_checks", ["command: make test-gpu", *versions[1:], describe_gpus(), *lines])
+    write_result("gpu_node_checks", ["command: make test-gpu", *versions[1:], describe_gpus(), *lines])
     assert problem_lines(rows) == []
     assert len(facts["measured"].gpu_pairs) == GPUS * (GPUS - 1) // 2
     reading, measured = facts["hardware"].gpus, facts["measured"]

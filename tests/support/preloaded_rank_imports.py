@@ -1,4 +1,4 @@
-"""Imports what the ranks of most tests need. The fork server of ranks.py loads this module once for all ranks."""
+"""Imports torch, DeepSpeed and models once, so that a test can fork its ranks from this process and none imports them again."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """
-Reads the config into a plan, and gives the rules what they share. longhaul.planning decides; nothing here does.
+Reads the config into a plan; has wildcards, inputs and JOBS, which all rules use. longhaul.planning decides; nothing here does.
 """
 
 import gc

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from longhaul.config.field_types import HuggingFaceConfig
-from longhaul.config.names_used_by_transformers import GENERATION_CLASSES, refuse_own_names
+from longhaul.config.reserved_keys import GENERATION_CLASSES, refuse_own_names
 from longhaul.config.validation_messages import validation_message
 from longhaul.errors import UserError
 

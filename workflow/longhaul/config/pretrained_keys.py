@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from longhaul.config.architectures import ARCHITECTURES, Size, check_network_values
 from longhaul.config.field_types import HuggingFaceConfig, NonNegativeInt
-from longhaul.config.names_used_by_transformers import CONFIG_CLASSES, refuse_own_names
 from longhaul.config.parameter_counts import has_latent_attention
+from longhaul.config.reserved_keys import CONFIG_CLASSES, refuse_own_names
 from longhaul.config.rotary_embedding import check_rope
 from longhaul.config.validation_messages import validation_message
 from longhaul.errors import UserError

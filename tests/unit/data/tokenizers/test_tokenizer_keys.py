@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.artifact_schemas import TokenizerManifest
-from longhaul.config.names_used_by_transformers import TOKENIZER_CLASSES
+from longhaul.config.reserved_keys import TOKENIZER_CLASSES
 from longhaul.data.tokenizers.chat_template import ChatTemplate
 from longhaul.data.tokenizers.tokenizer_keys import check_tokenizer_keys
 from longhaul.data.tokenizers.tokenizer_size import check_tokenizer_folder

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from longhaul.artifacts.typed_json import read_typed_json
-from longhaul.config.names_used_by_transformers import TOKENIZER_CLASSES, refuse_own_names
+from longhaul.config.reserved_keys import TOKENIZER_CLASSES, refuse_own_names
 from longhaul.errors import UserError
 
 _FILES = ("tokenizer_config.json", "special_tokens_map.json")

@@ -1,4 +1,4 @@
-"""Names that transformers' config, generation and tokenizer classes use themselves. No key of a user's JSON files may have one.
+"""Refuses keys of a user's config, generation and tokenizer JSON that have a name which transformers' classes use themselves.
 
 transformers sets each key as an attribute of the object, so such a key replaces a method, or ends the job. Tests compare the
 lists, which are names with spaces between them, with transformers.
