@@ -231,7 +231,8 @@ def assert_nothing_is_left(run: FaultedRun, cut_off: bool = False) -> None:
             run.cluster.plug(node)
         # Slurm ends the processes there when the node responds again, which takes some time.
         wait_for(lambda: not re.search(r"down|[*]", run.slurm("sinfo", "-h", "-N", "-o", "%T")), 90)
-        wait_for(lambda: not run.processes("longhaul"), 60)
+        # srun waits 60 s for its other tasks before it ends the step, and with it the supervisor on that node.
+        wait_for(lambda: not run.processes("longhaul"), 120)
         assert run.state()["state"] == "done", "a node that was cut off overwrote later results"
     assert [process.cmdline() for process in run.processes("longhaul")] == []
 
