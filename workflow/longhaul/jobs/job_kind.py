@@ -67,7 +67,7 @@ class JobKind:
     """True if the site's cpu_bind and gpu_bind apply to the job's own step."""
     outside_environment: Callable[[Plan], bool] = lambda plan: False
     """Returns whether the job's own step runs outside of the job environment, because it starts programs of another one."""
-    computes_on_free_gpu: bool = False
+    uses_unrequested_gpu: bool = False
     """True if the jobs ask for no GPU, but compute on one where their machine has some."""
     on_demand: bool = False
     """True if no rule starts the jobs: a verb of `longhaul` does."""

@@ -228,7 +228,7 @@ class RuleSettings:
             job_kind = job_kinds()[kind]
             request = job_request(self._plan, job_kind.job_id(wildcards))
             cores = request.tasks * request.cpus_per_task
-            uses_gpus = request.gpus_per_node or (job_kind.computes_on_free_gpu and self._plan.site.node.gpus)
+            uses_gpus = request.gpus_per_node or (job_kind.uses_unrequested_gpu and self._plan.site.node.gpus)
             return ALL_CORES if uses_gpus else cores
 
         return threads

@@ -55,5 +55,5 @@ KIND = JobKind(
     build_spec=_build,
     request=lambda plan, job: cpu_request(plan.site, plan.config.data_minutes),
     wildcards=("stage",),
-    computes_on_free_gpu=True,  # the logits, which differ in their last bits between a GPU and a CPU
+    uses_unrequested_gpu=True,  # the logits, which differ in their last bits between a GPU and a CPU
 )
