@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from statistics import median
 
 import pytest
 
@@ -66,8 +65,7 @@ def test_the_next_save_waits_for_the_one_before(stages: dict[str, TrainedStage])
 def test_a_synchronous_save_gives_the_same_weights(stages: dict[str, TrainedStage]):
     assert stages["synchronous"].ended == "finished"
     assert stages["synchronous"].master_hashes() == stages["asynchronous"].master_hashes()
-    # A process that gets no core between two lines adds to one save's time, but not to the median.
-    assert median(save["durable_s"] - save["saving_s"] for save in saves(stages["synchronous"])) <= 0.0
+    assert all(save["durable_s"] <= save["saving_s"] for save in saves(stages["synchronous"]))
 
 
 def test_a_checkpoint_holds_the_weights_of_its_own_step(stages: dict[str, TrainedStage]):

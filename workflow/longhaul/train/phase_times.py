@@ -35,7 +35,7 @@ class PhaseTimes:
 
     def pop_since_save(self) -> dict[str, float]:
         """Return the times since the last save, by their keys in the `saved` event, and reset them."""
-        spent = {_EVENT_KEYS[phase]: round(seconds, 3) for phase, seconds in self._since_save_s.items()}
+        spent = {_EVENT_KEYS[phase]: seconds for phase, seconds in self._since_save_s.items()}
         self._since_save_s = dict.fromkeys(_EVENT_KEYS, 0.0)
         return spent
 

@@ -237,8 +237,8 @@ class Trainer:
         with self.checkpoints.saving(self.backend.engine, self.state, self.validation_loss, with_reference) as folder:
             if with_reference:
                 write_reference_values(self.backend, self.job, reference_folder(folder), self.context, self.prompts)
-        self.times.finish(SAVE, started)
-        self.checkpoints.start_writing(self.times.pop_since_save())
+        copied_at = started + self.times.finish(SAVE, started)
+        self.checkpoints.start_writing(self.times.pop_since_save(), copied_at)
 
     def save_unvalidated(self) -> None:
         """Save between validations: the checkpoint is for a resume, and never the best one."""

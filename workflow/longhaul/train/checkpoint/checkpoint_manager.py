@@ -142,10 +142,11 @@ class CheckpointManager:
             yield partial
         self._save = save
 
-    def start_writing(self, spent_s: dict[str, float]) -> None:
+    def start_writing(self, spent_s: dict[str, float], copied_at: float) -> None:
         """Begin to write the save in the background; wait for it where saves are synchronous.
 
-        spent_s: how the time since the last save was spent, for the `saved` event
+        spent_s:   how the time since the last save was spent, for the `saved` event
+        copied_at: the value of time.perf_counter() at which `spent_s` ends
 
         Raises:
             DiskFull: the disk is full. The unfinished save is removed; earlier checkpoints stay.
@@ -154,7 +155,7 @@ class CheckpointManager:
         if self._save:
             self._save.start()
         if self._memory is None:
-            self.finish_save()
+            self._finish_save(copied_at)
 
     def _advance(self, waiting_since: float | None = None) -> None:
         """Take the save in flight one step further, if its threads are done on all ranks.
@@ -170,8 +171,8 @@ class CheckpointManager:
             return
         self.longest_save_s = max(self.longest_save_s, save.durable_s)
         waited_s = self._spent_s["saving_s"] + (time.perf_counter() - waiting_since if waiting_since else 0.0)
-        spent_s = {**self._spent_s, "saving_s": round(waited_s, 3), "durable_s": round(save.durable_s, 3)}
-        self._events.write("saved", step=save.step, **spent_s)
+        spent_s = {**self._spent_s, "saving_s": waited_s, "durable_s": save.durable_s}
+        self._events.write("saved", step=save.step, **{key: round(seconds, 3) for key, seconds in spent_s.items()})
         if self._context.is_main:
             times = f"on the disk after {save.durable_s:.2f} s; training waited {waited_s:.2f} s"
             print(f"saved step {save.step}: {times}", flush=True)
@@ -182,10 +183,12 @@ class CheckpointManager:
         Raises:
             DiskFull: as `start_writing`
         """
-        started = time.perf_counter()
+        self._finish_save(time.perf_counter())
+
+    def _finish_save(self, waiting_since: float) -> None:
         while self._save:
             self._save.wait()
-            self._advance(started)
+            self._advance(waiting_since)
 
     def last_and_best(self) -> dict[str, SavedCheckpoint]:
         """Return the entries of checkpoint.json for the last and the best checkpoint."""
