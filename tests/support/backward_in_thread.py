@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 
-
-def backward_in_thread(loss: torch.Tensor) -> None:
-    """Compute the gradients of a scalar; raise what the backward pass raises."""
+def backward_in_thread(backward: Callable[[], object]) -> None:
+    """Call a function that computes gradients, for example `loss.backward`; raise what it raises."""
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(loss.backward).result()
+        threads.submit(backward).result()

@@ -52,7 +52,7 @@ def gradients(name: str, captures: bool) -> tuple[dict[str, torch.Tensor], dict[
         use_experts_for_gpus(model)
         compile_layers(model, "aot_eager")
     engine, batch = _Engine(model), _batch(model, dims)
-    backward_in_thread(loss_sum(engine, batch, dims))
+    backward_in_thread(loss_sum(engine, batch, dims).backward)
     found = {key: parameter.grad for key, parameter in model.named_parameters() if parameter.grad is not None}
     return found, load.finish_step(torch.ones(()))
 
@@ -69,7 +69,8 @@ def graphs_after_steps(name: str) -> list[int]:
     compile_layers(model, "aot_eager")
     engine, graphs = _Engine(model), list[int]()
     for step in range(STEPS):
-        backward_in_thread(loss_sum(engine, _batch(model, dims, seed=RANKS * step + dist.get_rank()), dims))
+        batch = _batch(model, dims, seed=RANKS * step + dist.get_rank())
+        backward_in_thread(loss_sum(engine, batch, dims).backward)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     return graphs
 

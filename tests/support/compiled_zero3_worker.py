@@ -7,6 +7,7 @@ DeepSpeed's own linear function gives other losses with selective checkpointing.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -22,6 +23,7 @@ from longhaul.train.batches import MicroBatch
 from longhaul.train.compile_layers import compile_layers
 from longhaul.train.loss import loss_sum
 from tests.parity.parity_cases import MODELS
+from tests.support.backward_in_thread import backward_in_thread
 
 STEPS, LENGTH = 3, 32
 CONFIG: dict[str, Any] = {
@@ -51,7 +53,7 @@ def losses(checkpointing: str, captures: bool) -> list[float]:
     found = []
     for _ in range(STEPS):
         loss = loss_sum(engine, MicroBatch(ids, ids + 1, torch.arange(LENGTH).repeat(2, 1))) / ids.numel()
-        engine.backward(loss)
+        backward_in_thread(partial(engine.backward, loss))
         engine.step()
         found.append(loss.item())
     return found

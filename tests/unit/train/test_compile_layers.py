@@ -38,7 +38,7 @@ def build(name: str) -> Any:
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
     loss = model(input_ids=torch.arange(2, 34).view(2, 16), position_ids=PACKED).logits.logsumexp(-1).mean()
-    backward_in_thread(loss)
+    backward_in_thread(loss.backward)
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 

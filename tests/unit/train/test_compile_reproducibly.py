@@ -35,7 +35,7 @@ def test_kernels_of_both_passes_are_chosen_without_measuring_them(are_measured: 
 
     with fresh_cache():
         loss = compile_reproducibly(torch.square)(torch.ones(4, requires_grad=True)).sum()
-        backward_in_thread(loss)
+        backward_in_thread(loss.backward)
     assert are_measured == [False, False]
 
 
