@@ -6,7 +6,8 @@
     make bench-gpu ROWS="dense/ losses/" only the rows of these groups; a row's whole name chooses it alone
 
 A row runs in a process of its own (bench/gpu_speed_worker.py). It prepares its model while the row before it is measured, and
-touches the GPU only after that. The rows `losses` train 200 steps on real text and are compared step by step.
+touches the GPU only after that. The rows `losses` train 200 steps on real text; their losses are compared with those of plain
+runs whose kernels differ.
 """
 
 from __future__ import annotations
@@ -268,17 +269,30 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def loss_table(losses: dict[str, list[float]]) -> list[str]:
-    """Return the differences of the losses from those of the first row, step by step."""
-    plain = next(iter(losses.values()))
+    """Return how much the losses of each row differ from those of the plain runs, step by step.
+
+    A plain run is compared with the other plain runs: this is what rounding alone does. The mean is over steps and plain runs.
+    """
+    plain = [row.name for row in ROWS if row.plain and row.name in losses]
+    steps = len(next(iter(losses.values())))
     lines = [
-        f"losses of {len(plain):,} steps on real text, a dense model of 0.3 B parameters; differences from the first row"
+        f"losses of {steps:,} steps on real text, a dense model of 0.3 B parameters; differences from the plain runs,",
+        "which differ from each other in their kernels alone",
     ]
+    means = {}
     for name, values in losses.items():
-        differs = [abs(a - b) for a, b in zip(values, plain, strict=True)]
-        last = statistics.fmean(values[-20:])
+        differences = [
+            abs(a - b) for other in plain if other != name for a, b in zip(values, losses[other], strict=True)
+        ]
+        if not differences:
+            continue
+        means[name] = statistics.fmean(differences)
         lines.append(
-            f"{name:58} mean {statistics.fmean(differs):.5f}, largest {max(differs):.5f}, last 20 steps {last:.4f}"
+            f"{name:58} mean {means[name]:.5f}, largest {max(differences):.5f}, "
+            f"last 20 steps {statistics.fmean(values[-20:]):.4f}{', plain' if name in plain else ''}"
         )
+    if len(plain) > 1:
+        lines.append(f"the largest mean of a plain run is {max(means[name] for name in plain):.5f}")
     return lines
 
 

@@ -85,11 +85,13 @@ class Row:
     name:  <group>/<what runs>; a group is a model, with " on 2 GPUs" where that is so
     kind:  "longhaul", or a function of gpu_speed_peers.py
     stage: config of the stage, from which peers take their model and batches
+    plain: one of the runs of a group that differ in their kernels alone; the losses of all rows are compared with theirs
     """
 
     name: str
     kind: str
     stage: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
 
     @property
     def group(self) -> str:
@@ -141,8 +143,30 @@ def _two(stage: dict[str, Any], **keys: Any) -> dict[str, Any]:
     return {**stage, "gpus_per_node": 2, "global_batch_size": 2 * stage["micro_batch_size"], **keys}
 
 
-def _losses(group: str = "losses", **keys: Any) -> dict[str, Any]:
-    return _stage(4, LOSS_STEPS[group], **keys)
+def _losses(**keys: Any) -> dict[str, Any]:
+    # A short warm-up makes a large batch chaotic: on two GPUs, losses of the same settings with other kernels differed by 0.04.
+    return _stage(4, LOSS_STEPS["losses"], schedule={"kind": "constant", "warmup_steps": 50}, **keys)
+
+
+def _curves(**keys: Any) -> dict[str, Any]:
+    return _stage(4, LOSS_STEPS["curves"], **keys)
+
+
+def _plain_runs(group: str, stage: dict[str, Any]) -> list[Row]:
+    """Return the same training with four sets of kernels. Its matrix products depend on the micro batch.
+
+    How much these four differ from each other shows what rounding alone does to the losses.
+    """
+    kernels: dict[str, dict[str, Any]] = {
+        "": {},
+        ", other attention kernel": {},
+        ", micro batch 2": {"micro_batch_size": 2},
+        ", micro batch 1": {"micro_batch_size": 1},
+    }
+    return [
+        Row(f"{group}/longhaul, plain{name}", "longhaul", {**stage, "compile": "off", **keys}, plain=True)
+        for name, keys in kernels.items()
+    ]
 
 
 EXPERTS = {"parallel": {"expert": 2}}
@@ -168,14 +192,13 @@ ROWS = [
     Row("mixture/longhaul, ZeRO 1, micro batch 8", "longhaul", _stage(8)),
     Row("mixture/longhaul, ZeRO 1, micro batch 8, packed chats", "longhaul", _stage(8, kind="sft")),
     Row("mixture/longhaul, ZeRO 1, micro batch 8, FP8", "longhaul", _stage(8, precision="fp8")),
-    Row("losses/longhaul, plain", "longhaul", _losses(compile="off")),
-    Row("losses/longhaul, plain, other attention kernel", "longhaul", _losses(compile="off")),
+    *_plain_runs("losses", _losses()),
     Row("losses/longhaul", "longhaul", _losses()),
     Row("losses/longhaul, ZeRO 3", "longhaul", _losses(zero={"stage": 3})),
     Row("losses/longhaul, FP8", "longhaul", _losses(precision="fp8")),
-    Row("curves/longhaul", "longhaul", _losses("curves")),
-    Row("curves/longhaul, other attention kernel", "longhaul", _losses("curves")),
-    Row("curves/longhaul, FP8", "longhaul", _losses("curves", precision="fp8")),
+    Row("curves/longhaul", "longhaul", _curves(), plain=True),
+    Row("curves/longhaul, other attention kernel", "longhaul", _curves(), plain=True),
+    Row("curves/longhaul, FP8", "longhaul", _curves(precision="fp8")),
     Row("dense on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 3, micro batch 8", "longhaul", _two(_stage(8), zero={"stage": 3})),
@@ -185,8 +208,8 @@ ROWS = [
     Row("mixture on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),
     Row("mixture on 2 GPUs/longhaul, experts over 2, micro batch 8", "longhaul", _two(_stage(8), **EXPERTS)),
     Row("mixture on 2 GPUs/longhaul, experts over 2, full recompute", "longhaul", _two(_stage(8), **EXPERTS, **FULL)),
-    Row("losses on 2 GPUs/longhaul, ZeRO 1", "longhaul", _two(_losses())),
-    Row("losses on 2 GPUs/longhaul, ZeRO 1, other attention kernel", "longhaul", _two(_losses())),
+    *_plain_runs("losses on 2 GPUs", _two(_losses())),
+    Row("losses on 2 GPUs/longhaul", "longhaul", _two(_losses())),
     Row("losses on 2 GPUs/longhaul, ZeRO 3", "longhaul", _two(_losses(), zero={"stage": 3})),
     Row("losses on 2 GPUs/longhaul, ZeRO 3, full recompute", "longhaul", _two(_losses(), zero={"stage": 3}, **FULL)),
 ]

@@ -13,7 +13,7 @@ import torch
 
 from bench import scale, status
 from bench.fabric_cost import AIM_S, RoundTimes, simulate_pairs
-from bench.gpu_speed import plan_stages
+from bench.gpu_speed import loss_table, plan_stages
 from bench.gpu_speed_rows import MODELS, ROWS
 from bench.kernel_times import IDLE, times_by_class
 from bench.machine import MODULE_PATH, REPOSITORY
@@ -65,6 +65,17 @@ def test_a_benchmark_can_be_planned_without_a_gpu(tmp_path: Path, monkeypatch: p
     row = next(row for row in ROWS if row.model == "losses")
     stage = {**row.stage, "name": "start", "dataset": "corpus", "precision": "fp32"}
     assert plan_stages(tmp_path, MODELS["losses"], [stage]).stages[0].world_size == 1
+
+
+def test_losses_are_compared_with_those_of_the_other_plain_runs():
+    plain = [row.name for row in ROWS if row.plain and row.group == "losses"]
+    losses = {name: [5.0 + 0.01 * number, 4.0] for number, name in enumerate(plain)}
+    header, _, *lines, last = loss_table({**losses, "losses/longhaul": [5.0, 4.5]})
+    assert header.startswith("losses of 2 steps")
+    assert [line.endswith(", plain") for line in lines] == [True] * 4 + [False]
+    assert "mean 0.01000, largest 0.03000, last 20 steps 4.5000" in lines[0]  # (0.01 + 0.02 + 0.03) / 3 / 2 steps
+    assert "mean 0.25750, largest 0.50000, last 20 steps 4.7500" in lines[-1]
+    assert last == "the largest mean of a plain run is 0.01000"
 
 
 def test_time_without_a_kernel_is_idle():
