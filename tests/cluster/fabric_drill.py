@@ -253,9 +253,9 @@ def healthy_lines(seconds: Mapping[str, Sequence[float]]) -> list[str]:
     return [*lines, "aims for healthy runs: environment and fabric check together 180 s, quick half 60 s"]
 
 
-def drill_config(nodes: int, scratch: Path) -> dict[str, Any]:
+def drill_config(nodes: int, scratch: Path, **checks: Any) -> dict[str, Any]:
     """Return the config of a run whose checks and first stage have this number of nodes, with one rank each."""
-    checks = {"nodes": nodes, "gpus_per_node": 1, "minutes": 5, "min_disk_free_gb": 0.1}
+    checks = {"nodes": nodes, "gpus_per_node": 1, "minutes": 5, "min_disk_free_gb": 0.1, **checks}
     config = tiny_config(checks=checks, storage={"scratch": str(scratch)}, scale_test="off")
     config["stages"][0] |= {"nodes": nodes, "gpus_per_node": 1, "global_batch_size": 2 * nodes}
     return config
@@ -282,26 +282,27 @@ class DrillResult:
 class CheckDrill(PipelineRunOnCluster):
     """A run of which only one check is started, by hand, on this number of nodes of the cluster."""
 
-    def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int, check: str) -> None:
-        super().__init__(folder, drill_config(nodes, scratch_folder(cluster)), cluster, **drill_site(cluster, nodes))
+    def __init__(self, folder: Path, cluster: VirtualCluster, nodes: int, check: str, **checks: Any) -> None:
+        config = drill_config(nodes, scratch_folder(cluster), **checks)
+        super().__init__(folder, config, cluster, **drill_site(cluster, nodes))
         plan = build_plan(load_config(folder / "run.yaml"))
         write_launch_files(plan, folder)
         job, out = job_of_check(plan, check)
         self._check, self._job = check, JobFolder(folder / plan.paths.job(job).path)
-        self._report, self._out = _REPORTS[check], folder / out
+        self._report, self.out = _REPORTS[check], folder / out
 
     def run_check(self) -> DrillResult:
         """Submit the check and wait until it has found the fault and ended, or run on other nodes."""
         started = time.monotonic()
         job_id = self.cluster.run("sbatch", "--parsable", str(self._job.sbatch_script), cwd=self.folder).strip()
-        found = (self._out.exists, failed_path(self._out).exists, self._job.failure.exists, self._quarantined)
+        found = (self.out.exists, failed_path(self.out).exists, self._job.failure.exists, self._quarantined)
         self.cluster.wait(300, "the fault is found or the check succeeds", lambda: any(is_so() for is_so in found))
         seconds = time.monotonic() - started
         if self._check == QUICK_HALF:  # the training itself has no data
             self.cluster.run("scancel", job_id)
-        problems = self._report.read(failed_path(self._out)).problems if failed_path(self._out).exists() else []
+        problems = self._report.read(failed_path(self.out)).problems if failed_path(self.out).exists() else []
         self.cluster.wait(300, "the job has ended", lambda: not self.cluster.run("squeue", "-h").strip())
-        passed_on = _hosts_of(self._report.read(self._out)) if self._out.exists() else []
+        passed_on = _hosts_of(self._report.read(self.out)) if self.out.exists() else []
         return DrillResult(seconds, self._quarantined(), problems, passed_on)
 
     def _quarantined(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.machine import describe_machine, write_result
+from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.line_record_fields import Attempt
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import read_node_results
@@ -17,6 +18,7 @@ from longhaul.artifacts.paths import QUARANTINE, RESULTS, WeightsFolder
 from longhaul.artifacts.quarantine import read_quarantine
 from tests.cluster.fabric_drill import (
     CASES,
+    FABRIC,
     HEALTHY,
     HEALTHY_RUNS,
     RATE,
@@ -96,6 +98,17 @@ def test_fault_is_found(case: DrillCase, hosts: VirtualCluster, tmp_path: Path, 
     assert len(found.passed_on) == (hosts.size.nodes - 1 if is_passed else 0)
     assert case.named not in found.passed_on
     table.add(case, found)
+
+
+@pytest.mark.slow
+def test_slow_node_is_a_warning_where_the_config_accepts_it(hosts: VirtualCluster, tmp_path: Path):
+    drill = CheckDrill(tmp_path, hosts, hosts.size.nodes - 1, FABRIC, bad_hardware="warn")
+    with limited("n2", SLOW)(hosts):
+        found = drill.run_check()
+    assert (found.quarantined, found.problems, len(found.passed_on)) == ((), [], hosts.size.nodes - 1)
+    report = FabricReport.read(drill.out)
+    assert [node["host"] for node in report.slow_nodes] == ["n2"] and report.results
+    assert report.warnings[0].startswith("n2 is slow with most other nodes")
 
 
 @pytest.mark.slow

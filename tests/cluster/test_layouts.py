@@ -106,6 +106,7 @@ def trained(
     runs = {}
     for model_name, layouts in selected_layouts(pytestconfig).items():
         config = tiny_config(model=MODELS[model_name], run="layouts")
+        config["checks"]["bad_hardware"] = "warn"  # all hosts share the cores of one machine
         config["stages"] = [_stage(name, *layout) for name, layout in layouts.items()]
         runs[model_name] = PipelineRunOnCluster(
             tmp_path_factory.mktemp(model_name),

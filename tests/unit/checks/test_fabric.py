@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
 from longhaul.artifacts.paths import JobFolder
 from longhaul.checks.collective_benchmarks import COLLECTIVES
+from longhaul.checks.collectives_inside_nodes import InsideNodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric import (
+    _report,
     measured_hardware,
     most_added_seconds,
     node_results,
@@ -33,6 +36,7 @@ from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 
+LINK = "the link between n1 and n3"
 FACTORS = {
     "all_reduce": {2: 1.0, 4: 1.5, 8: 1.75},
     "all_gather": {2: 0.5, 4: 0.75, 8: 0.875},
@@ -110,18 +114,59 @@ def start_ranks(job: Path, nodes: int, ranks_per_node: int) -> list[subprocess.P
     return processes
 
 
+def fabric_job(out: Path, **changes: Any) -> FabricSpec:
+    """Return the spec of a complete check of three nodes without limits."""
+    fields: dict[str, Any] = {"run": "r", "nodes": 3, "gpus_per_node": 1, "baseline": None, "pairs_only": False}
+    fields |= {"limits": FabricLimits(), "node_limits": FabricLimits(), "bad_hardware": "refuse"}
+    return FabricSpec(**{**fields, "folder": str(out.parent), "out": str(out), **changes})
+
+
+@pytest.mark.parametrize(
+    ("bad_hardware", "pairs_only", "refused", "accepted"),
+    [
+        ("refuse", False, ["n2", LINK], []),
+        ("refuse", True, ["n2"], [LINK]),
+        ("warn", False, [], ["n2", LINK]),
+        ("warn", True, [], ["n2", LINK]),
+    ],
+)
+def test_config_says_what_slow_nodes_and_links_do_but_wrong_values_are_problems(
+    tmp_path: Path, bad_hardware: str, pairs_only: bool, refused: list[str], accepted: list[str]
+) -> None:
+    node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    job = fabric_job(tmp_path / "fabric.json", pairs_only=pairs_only, bad_hardware=bad_hardware)
+    tournament = Tournament([], [node], [f"{LINK} is slow"], ["n1 received wrong values"])
+    report = _report(job, "gloo", ["n1", "n2", "n3"], [], InsideNodes(), 3, tournament)
+    wrong, *problems = report.problems
+    assert wrong == "n1 received wrong values"
+    assert [line.split(" is slow")[0] for line in problems] == refused
+    assert [line.split(" is slow")[0] for line in report.warnings] == accepted
+    assert report.slow_nodes == [node]
+
+
+def test_slow_node_that_the_config_accepts_is_not_raised_but_one_that_is_slow_inside(tmp_path: Path) -> None:
+    node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    job = fabric_job(tmp_path / "fabric.json", bad_hardware="warn")
+    report = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
+    raise_if_slow(job, report)
+    with pytest.raises(BadNodesError) as raised:
+        raise_if_slow(job, report, ["n3"])
+    assert raised.value.nodes == ["n3"]
+
+
 def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path) -> None:
     node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
     report = FabricReport(["n2 is slow"], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
     with pytest.raises(BadNodesError, match="n2 is slow") as raised:
-        raise_if_slow(report, tmp_path / "fabric.json")
+        raise_if_slow(fabric_job(tmp_path / "fabric.json"), report)
     assert raised.value.nodes == ["n2"] and raised.value.failure_class == "node"
     assert FabricReport.read(failed_path(tmp_path / "fabric.json")) == report
     healthy = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {})
-    raise_if_slow(healthy, tmp_path / "other.json")
+    other = fabric_job(tmp_path / "other.json")
+    raise_if_slow(other, healthy)
     assert not failed_path(tmp_path / "other.json").exists()
     with pytest.raises(BadNodesError) as raised:
-        raise_if_slow(healthy, tmp_path / "other.json", ["n3"])
+        raise_if_slow(other, healthy, ["n3"])
     assert raised.value.nodes == ["n3"]
 
 
@@ -151,17 +196,7 @@ def test_low_bandwidth_stops_the_run_and_keeps_the_measurements(tmp_path: Path) 
     limits = FabricLimits(send_recv_gbps=5000, all_reduce_gbps=1e-6)
     node_limits = FabricLimits(broadcast_gbps=5000)
     out = tmp_path / "fabric.json"
-    job = FabricSpec(
-        run="r",
-        nodes=2,
-        gpus_per_node=2,
-        limits=limits,
-        node_limits=node_limits,
-        baseline=None,
-        pairs_only=False,
-        folder=str(tmp_path),
-        out=str(out),
-    )
+    job = fabric_job(out, nodes=2, gpus_per_node=2, limits=limits, node_limits=node_limits)
     job.write(tmp_path / "job.json")
     first, *others = start_ranks(tmp_path / "job.json", 2, 2)
     stdout, stderr = first.communicate(timeout=300)

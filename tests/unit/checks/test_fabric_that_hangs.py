@@ -73,7 +73,7 @@ def start_rank(
 def fabric_job(folder: Path, nodes: int) -> Path:
     job = FabricSpec(
         run="r", nodes=nodes, gpus_per_node=1, limits=FabricLimits(), node_limits=FabricLimits(), baseline=None,
-        pairs_only=False, folder=str(folder), out=str(folder / "fabric.json"),
+        pairs_only=False, bad_hardware="refuse", folder=str(folder), out=str(folder / "fabric.json"),
     )  # fmt: skip
     job.write(folder / "job.json")
     return folder / "job.json"

@@ -60,7 +60,7 @@ def write_environment_job(folder: Path) -> None:
 def write_fabric_job(folder: Path) -> None:
     FabricSpec(
         run="r", nodes=1, gpus_per_node=1, limits=FabricLimits(), node_limits=FabricLimits(), baseline=None,
-        pairs_only=False, folder=str(folder), out=str(folder / "fabric.json"),
+        pairs_only=False, bad_hardware="refuse", folder=str(folder), out=str(folder / "fabric.json"),
     ).write(folder / "job.json")  # fmt: skip
 
 

@@ -72,11 +72,11 @@ class FabricReport(CheckReport):
     """`results/<run>/fabric.json`: measured speed of pairs of nodes, and of collectives.
 
     hosts:        the name of each node
-    results:      empty where a node is slow, because it makes every collective slow
+    results:      empty where a slow node refuses the network, because it makes every collective slow
     pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
     not_compared: one line per measurement that passes at any speed, with the remedy
-    warnings:     one line per link with new errors after the collectives, and per collective that is slower than published
-                  figures of such hardware, with the remedy
+    warnings:     one line per accepted slow node and link, per link with new errors after the collectives, and per collective
+                  that is slower than published figures of such hardware, with the remedy
     grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew
     nccl_tests:   rows of nccl-tests' programs, where the site names them
     """

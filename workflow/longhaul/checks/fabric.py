@@ -97,7 +97,7 @@ def _check(job: FabricSpec) -> None:
         hosts = _of_first_ranks(rank, rank.node_name)
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
         # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
-        is_full = tournament.is_healthy and not job.pairs_only
+        is_full = not job.pairs_only and (tournament.is_healthy or (_accepts_slow(job) and not tournament.wrong_values))
         announce("error counters of links before the collectives", _numbers(device), KERNEL)
         errors = LinkErrors(rank, device) if is_full else None
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
@@ -108,7 +108,7 @@ def _check(job: FabricSpec) -> None:
     announce(f"report in {job.out}", subject=RUN_FOLDER)
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
-        report = _compared(replace(report, warnings=new_errors), job, hardware)
+        report = _compared(replace(report, warnings=[*report.warnings, *new_errors]), job, hardware)
         if job.nccl_tests:
             measured = NcclTestsReport.read(JobFolder(Path(job.folder)).nccl_tests)
             report = with_nccl_tests(report, measured, job.baseline, hardware)
@@ -121,7 +121,7 @@ def _check(job: FabricSpec) -> None:
             print(f"warning: {line}", flush=True)
         for line in report.not_compared:
             print(f"unknown: {line}", flush=True)
-        raise_if_slow(report, Path(job.out), inside.bad_nodes)
+        raise_if_slow(job, report, inside.bad_nodes)
         report.write_or_raise(
             Path(job.out),
             f"the network between {', '.join(report.hosts)} is not fit for training",
@@ -252,9 +252,15 @@ def node_results(tournament: Tournament) -> list[NodeResult]:
     ]
 
 
-def raise_if_slow(report: FabricReport, out: Path, slow_inside: Sequence[str] = ()) -> None:
-    """Write the failed report and raise BadNodesError if a node is slow. slow_inside: nodes that are slow inside."""
-    nodes = [*(node["host"] for node in report.slow_nodes), *slow_inside]
+def _accepts_slow(job: FabricSpec) -> bool:
+    """Return whether slow nodes and links are usable by the config. Wrong values never are."""
+    return job.bad_hardware == "warn"
+
+
+def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Sequence[str] = ()) -> None:
+    """Write the failed report and raise BadNodesError if a node is too slow. slow_inside: nodes that are slow inside."""
+    out = Path(job.out)
+    nodes = [*(() if _accepts_slow(job) else (node["host"] for node in report.slow_nodes)), *slow_inside]
     if nodes:
         report.write(failed_path(out))
         raise BadNodesError(
@@ -274,14 +280,14 @@ def _report(
     tournament: Tournament,
 ) -> FabricReport:
     limits, node_limits = set_limits(job.limits), set_limits(job.node_limits)
-    for line in tournament.slow_links if job.pairs_only else ():
-        print(f"warning: {line}", flush=True)
     for host, counters in tournament.grown_errors.items():
         print(f"warning: {grown_line(host, counters, 'the pair tournament')}", flush=True)
+    slow_nodes = [slow_node_line(node, tournament.grown_errors.get(node["host"], {})) for node in tournament.slow_nodes]
+    accepts_links = job.pairs_only or _accepts_slow(job)
     problems = [
         *tournament.wrong_values,
-        *(slow_node_line(node, tournament.grown_errors.get(node["host"], {})) for node in tournament.slow_nodes),
-        *(() if job.pairs_only else tournament.slow_links),
+        *(() if _accepts_slow(job) else slow_nodes),
+        *(() if accepts_links else tournament.slow_links),
         *fabric_problems(between, limits),
         *inside.problems(),
     ]
@@ -297,6 +303,7 @@ def _report(
         tournament.slow_nodes,
         node_limits,
         grown_errors=tournament.grown_errors,
+        warnings=[*(slow_nodes if _accepts_slow(job) else ()), *(tournament.slow_links if accepts_links else ())],
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from longhaul.artifacts.paths import JobId
 from longhaul.artifacts.site_baseline import SiteBaseline, read_baseline
 from longhaul.config.site_config import FabricLimits
@@ -28,6 +30,7 @@ class FabricSpec(JobSpec):
     pairs_only: (
         bool  # the quick half, before a training on its own nodes: slow nodes are named, collectives not measured
     )
+    bad_hardware: Literal["refuse", "warn"]  # what a slow node or a slow link between nodes does
     folder: str  # the job's folder, for the results of each node
     out: str  # fabric.json
     nccl_tests: str | None = None  # folder of nccl-tests' programs; the step before this one has run them
@@ -43,6 +46,7 @@ def fabric_spec(plan: Plan, job: JobId, nodes: int, gpus_per_node: int, out: str
         node_limits=plan.site.interconnect.node_limits,
         baseline=read_baseline(plan.loaded.site_path),
         pairs_only=pairs_only,
+        bad_hardware=plan.config.checks.bad_hardware,
         folder=str(plan.paths.job(job).path),
         out=out,
         nccl_tests=plan.site.interconnect.nccl_tests if nodes * gpus_per_node > 1 and not pairs_only else None,
