@@ -325,7 +325,7 @@ def test_quarantine_that_leaves_too_few_nodes_is_refused(
     repaired_cluster: VirtualCluster, finished: PipelineRun, folder: Path
 ):
     run = FaultedRun(folder / "quarantined", faulted_config(finished.config), repaired_cluster, finished.results)
-    add_to_quarantine(run.folder / "results/quarantine.json", ["n1", "n3"], "no answer", "job 7")
+    add_to_quarantine(run.folder / "results/quarantine.json", dict.fromkeys(["n1", "n3"], "no answer"), "job 7")
     run.start()
     assert run.finish() == 2
     output = run.output()

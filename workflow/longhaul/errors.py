@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
@@ -55,14 +55,14 @@ class InputError(UserError):
 class BadNodesError(UserError):
     """Nodes of the allocation are not fit for the job. On other nodes it may succeed.
 
-    nodes: Slurm's names of these nodes; later jobs exclude them
+    nodes: Slurm's name of each of these nodes -> its own problem; later jobs exclude them
     """
 
     failure_class = "node"
 
-    def __init__(self, message: str, hint: str, nodes: Sequence[str]) -> None:
+    def __init__(self, message: str, hint: str, nodes: Mapping[str, str]) -> None:
         super().__init__(message, hint)
-        self.nodes = list(nodes)
+        self.nodes = dict(nodes)
 
 
 class AllocationTooShort(UserError):

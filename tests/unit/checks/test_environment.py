@@ -365,7 +365,7 @@ def test_bad_node_is_excluded_and_the_others_go_on(tmp_path: Path):
     with pytest.raises(BadNodesError, match="n2: uncorrectable memory errors: 1, expected 0") as raised:
         check._judge(*two_nodes(tmp_path, False, True))
     failure = classify_error(raised.value, Rank(0, 2, 0, 2, "n1"))
-    assert (failure.failure_class, failure.bad_nodes) == ("node", ["n2"])
+    assert (failure.failure_class, failure.bad_nodes) == ("node", {"n2": "uncorrectable memory errors: 1"})
     assert EnvironmentReport.read(failed_path(tmp_path / "environment.json")).problems
     check._judge(*two_nodes(tmp_path, False, False))
     results = read_records(JobFolder(tmp_path).node_results, NodeResult)
@@ -395,7 +395,7 @@ def test_bad_hardware_is_only_reported_where_the_config_says_so(tmp_path: Path):
     facts[0]["measured"] = wrong
     with pytest.raises(BadNodesError, match="n1: GPU 0: products with a known result: 1 wrong rows") as raised:
         check._judge(facts, spec.model_copy(update={"checks": Checks(min_disk_free_gb=0.001, bad_hardware="warn")}))
-    assert raised.value.nodes == ["n1"]
+    assert list(raised.value.nodes) == ["n1"]
 
 
 def test_nodes_are_named_as_slurm_does(monkeypatch: pytest.MonkeyPatch):

@@ -150,8 +150,8 @@ def test_slow_node_that_the_config_accepts_is_not_raised_but_one_that_is_slow_in
     report = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
     raise_if_slow(job, report)
     with pytest.raises(BadNodesError) as raised:
-        raise_if_slow(job, report, ["n3"])
-    assert raised.value.nodes == ["n3"]
+        raise_if_slow(job, report, {"n3": "all_reduce is slow"})
+    assert raised.value.nodes == {"n3": "all_reduce is slow"}
 
 
 def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path) -> None:
@@ -159,15 +159,19 @@ def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path
     report = FabricReport(["n2 is slow"], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
     with pytest.raises(BadNodesError, match="n2 is slow") as raised:
         raise_if_slow(fabric_job(tmp_path / "fabric.json"), report)
-    assert raised.value.nodes == ["n2"] and raised.value.failure_class == "node"
+    assert (
+        list(raised.value.nodes) == ["n2"]
+        and raised.value.nodes["n2"].startswith("n2 is slow with most")
+        and raised.value.failure_class == "node"
+    )
     assert FabricReport.read(failed_path(tmp_path / "fabric.json")) == report
     healthy = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {})
     other = fabric_job(tmp_path / "other.json")
     raise_if_slow(other, healthy)
     assert not failed_path(tmp_path / "other.json").exists()
     with pytest.raises(BadNodesError) as raised:
-        raise_if_slow(other, healthy, ["n3"])
-    assert raised.value.nodes == ["n3"]
+        raise_if_slow(other, healthy, {"n3": "all_reduce is slow"})
+    assert raised.value.nodes == {"n3": "all_reduce is slow"}
 
 
 def pair(number: int, rate: float) -> PairResult:

@@ -276,7 +276,7 @@ def test_wrong_bytes_fail_first_and_no_config_tolerates_them(tmp_path: Path):
     )
     with pytest.raises(BadNodesError, match="n2: GPU 1 <-> GPU 3: bytes copied between GPUs: 12 wrong bytes") as raised:
         environment._judge(nodes, job)
-    assert raised.value.nodes == ["n2"]
+    assert list(raised.value.nodes) == ["n2"]
 
 
 def test_paths_have_the_numbers_of_torch():

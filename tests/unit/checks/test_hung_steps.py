@@ -187,7 +187,7 @@ def test_facts_that_a_hung_step_hides_are_no_problems_of_their_own(
     with pytest.raises(BadNodesError) as raised:
         environment._judge(nodes, job)
     line = f"n2: {HUNG_STEP}: a step: no end after 9 s, the limit is 9 s, expected an end within {subject.limit_s:g} s"
-    assert raised.value.nodes == ["n2"] and f"  - {line}; {subject.remedy}" in raised.value.message
+    assert list(raised.value.nodes) == ["n2"] and f"  - {line}; {subject.remedy}" in raised.value.message
     assert raised.value.message.count("  - ") == 1
 
 

@@ -26,7 +26,10 @@ def failed(node: str) -> CheckRow:
 
 
 def excluded(found: list[dict[str, Any]], rows: Sequence[CheckRow] = ()) -> list[str]:
-    return nodes_to_exclude(found, problems_by_node(found, rows, JOB), JOB)
+    problems = problems_by_node(found, rows, JOB)
+    unfit = nodes_to_exclude(found, problems, JOB)
+    assert all(text.startswith(problems[host][0]) for host, text in unfit.items())
+    return list(unfit)
 
 
 FAULTS: dict[str, Callable[[dict[str, Any]], object]] = {

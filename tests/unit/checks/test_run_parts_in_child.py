@@ -120,11 +120,11 @@ def test_step_that_ends_its_process_is_named():
 
 def test_error_of_a_part_is_raised_as_it_is():
     def fail(_: dict[str, Any]) -> None:
-        raise BadNodesError("n1 is bad", "exclude it", ["n1"])
+        raise BadNodesError("n1 is bad", "exclude it", {"n1": "bad"})
 
     with pytest.raises(BadNodesError, match="n1 is bad") as raised:
         run_parts([part("part", fail)])
-    assert (raised.value.nodes, raised.value.hint) == (["n1"], "exclude it")
+    assert (raised.value.nodes, raised.value.hint) == ({"n1": "bad"}, "exclude it")
 
 
 def raise_unknown_class() -> None:

@@ -71,7 +71,7 @@ def test_results_of_all_jobs_of_all_runs_are_read_in_their_order(tmp_path: Path)
 
 def test_released_nodes_leave_the_quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    add_to_quarantine(QUARANTINE, ["n1", "n2", "n3"], "slow", "fabric, job 7")
+    add_to_quarantine(QUARANTINE, dict.fromkeys(["n1", "n2", "n3"], "slow"), "fabric, job 7")
     before = QUARANTINE.read_text()
     refused = CliRunner().invoke(app, ["nodes", "--release", "n1", "--release", "n9"])
     assert isinstance(refused.exception, UserError) and QUARANTINE.read_text() == before
@@ -92,7 +92,7 @@ def test_verb_prints_the_nodes_of_the_working_folder(tmp_path: Path, monkeypatch
     job.path.mkdir(parents=True)
     rows = [result("n1", 86400.0, "slow"), new_node_result("n1", "pair tournament", 11.5, "")]
     append_node_results(job, rows)
-    add_to_quarantine(QUARANTINE, ["n2"], "n2 is slow\x1b[31m", "fabric, job 7")
+    add_to_quarantine(QUARANTINE, {"n2": "n2 is slow\x1b[31m"}, "fabric, job 7")
     assert read_quarantine(QUARANTINE).node_names == ("n2",)
     shown = CliRunner().invoke(app, ["nodes"])
     assert shown.exit_code == 0, shown.output

@@ -109,7 +109,7 @@ def short_of_time() -> Failure:
 
 @pytest.mark.parametrize("reason", ["preempted", "the allocation ends"])
 def test_early_stop_requeues_the_job_and_waits_for_the_signal(spec: LaunchSpec, slurm: Slurm, reason: str):
-    add_to_quarantine(Path(spec.quarantine), ["n9"], "down", "job 5")
+    add_to_quarantine(Path(spec.quarantine), {"n9": "down"}, "job 5")
     with pytest.raises(SystemExit) as ended:
         begin(spec, signalled=True).exit_stopped_early(reason)
     assert ended.value.code == 1 and slurm.requeued == [("7", ["n9"])]
@@ -198,27 +198,31 @@ def test_unresponsive_node_is_quarantined_and_the_job_requeued_without_it(
 
 def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpec, slurm: Slurm):
     """A node outside of the allocation comes from a damaged report; it is not excluded."""
-    error = BadNodesError("n2 is slow with most other nodes", "tell the administrators", ["n2", "n5"])
+    error = BadNodesError("n2 and n5 are slow", "tell the administrators", {"n2": "n2 is slow", "n5": "n5 is slow"})
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
     (entry,) = read_quarantine(Path(spec.quarantine)).nodes
-    assert (entry["node"], entry.get("cause")) == ("n2", "n2 is slow with most other nodes")
+    assert (entry["node"], entry.get("cause")) == ("n2", "n2 is slow")
     assert slurm.requeued == [("7", ["n2"])] and "slow" in waiting_reason(spec)
 
 
-def test_bad_node_without_a_spare_ends_the_job_with_both_causes(spec: LaunchSpec, slurm: Slurm):
+def test_bad_nodes_without_spares_end_the_job_with_the_problem_of_each_once(
+    spec: LaunchSpec, slurm: Slurm, capsys: pytest.CaptureFixture[str]
+):
     slurm.partition, spec = ["n1", "n2"], spec.model_copy(update={"nodes": 2})
-    error = BadNodesError("n2 is slow with most other nodes", "tell the administrators", ["n2"])
+    problems = {"n1": "GPU 3 is lost", "n2": "its clock is wrong"}
+    error = BadNodesError("; ".join(f"{node}: {text}" for node, text in problems.items()), "repair them", problems)
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
-    assert read_quarantine(Path(spec.quarantine)).node_names == ("n2",) and slurm.requeued == []
+    assert read_quarantine(Path(spec.quarantine)).node_names == ("n1", "n2") and slurm.requeued == []
+    assert "n1: GPU 3 is lost; n2: its clock is wrong; excluded from later jobs" in capsys.readouterr().out
     assert failure_of(spec).failure_class == ENVIRONMENT and failure_of(spec).cause == (
-        "2 nodes are needed; partition main has 2, of which 1 is quarantined: "
-        "n2 (n2 is slow with most other nodes; found by train-base, job 7)"
+        "2 nodes are needed; partition main has 2, of which 2 are quarantined: "
+        "n1 (GPU 3 is lost; found by train-base, job 7), n2 (its clock is wrong; found by train-base, job 7)"
     )
     assert failure_of(spec).remedy == (
-        "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node in the "
-        "config, or name a partition with spare nodes in the site file; then run the same command again to resume"
+        "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), "
+        "or name a partition with spare nodes in the site file; then run the same command again to resume"
     )
 
 

@@ -19,7 +19,7 @@ def quarantine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The quarantine of a run on a partition with three nodes; it holds n1."""
     monkeypatch.setattr(slurm_client, "partition_nodes", lambda partition: ["n1", "n2", "n3"])
     path = tmp_path / "quarantine.json"
-    add_to_quarantine(path, ["n1"], "slow with most other nodes", "fabric, job 5")
+    add_to_quarantine(path, {"n1": "slow with most other nodes"}, "fabric, job 5")
     return path
 
 

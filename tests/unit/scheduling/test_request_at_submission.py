@@ -44,7 +44,7 @@ def state(value: str) -> State:
 def test_submission_excludes_quarantined_nodes(tmp_path: Path):
     plan, _ = rendered_plan(tmp_path)
     assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ()
-    add_to_quarantine(tmp_path / QUARANTINE, ["n7", "n7", "n8"], "down", "job 5")
+    add_to_quarantine(tmp_path / QUARANTINE, dict.fromkeys(["n7", "n7", "n8"], "down"), "job 5")
     assert read_quarantine(tmp_path / QUARANTINE).node_names == ("n7", "n8")
     request = submitted_request(plan, TRAIN_BASE, tmp_path)
     assert request.exclude == ("n7", "n8") and "--exclude=n7,n8" in str(request.as_resources()["slurm_extra"])
@@ -85,7 +85,7 @@ def test_quarantine_that_leaves_too_few_nodes_is_refused_until_there_are_enough(
     plan, _ = rendered_plan(tmp_path)
     nodes = {"gpu": ["n7"], "more": ["n7", "n8"]}
     monkeypatch.setattr(slurm_client, "partition_nodes", nodes.__getitem__)
-    add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
+    add_to_quarantine(tmp_path / QUARANTINE, {"n7": "down"}, "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
     assert refused.value.message == (
@@ -114,7 +114,7 @@ def test_request_without_state_or_quarantine_is_that_of_the_plan(tmp_path: Path)
 def test_names_that_are_no_host_names_are_not_excluded(tmp_path: Path):
     plan, _ = rendered_plan(tmp_path)
     names = ["n7", "N-8.x", "9", "-n", ".n", "n 1", "n\n", "", "n_1"]
-    add_to_quarantine(tmp_path / QUARANTINE, names, "down", "job 5")
+    add_to_quarantine(tmp_path / QUARANTINE, dict.fromkeys(names, "down"), "job 5")
     assert submitted_request(plan, TRAIN_BASE, tmp_path).exclude == ("n7", "N-8.x", "9", "n_1")
 
 
@@ -129,7 +129,7 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(request_at_submission, "find_shortage", find)
     require_enough_nodes(plan, tmp_path)
     assert asked == [("gpu", 1), ("gpu", 1)]
-    add_to_quarantine(tmp_path / QUARANTINE, ["n7"], "down", "job 5")
+    add_to_quarantine(tmp_path / QUARANTINE, {"n7": "down"}, "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
     assert refused.value.message == "stages.base: few"

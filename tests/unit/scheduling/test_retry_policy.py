@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import ANY
 
 import pytest
 
@@ -73,7 +75,7 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
     spec.write(folder_of(spec).launch_spec)
     write_failure(spec, TRANSIENT, THIS_MAIN)
     assert allowed_restarts(snakemake_job(spec), 10) == 10
-    add_to_quarantine(Path(spec.quarantine), ["n2"], "slow with most other nodes", "train-base, job 5")
+    add_to_quarantine(Path(spec.quarantine), {"n2": "slow with most other nodes"}, "train-base, job 5")
     assert allowed_restarts(snakemake_job(spec), 10) == 0
     failure = final_failure(Path(spec.folder))
     assert (
@@ -85,6 +87,8 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
             "n2 (slow with most other nodes; found by train-base, job 5)"
         )
     )
+    assert allowed_restarts(snakemake_job(spec), 10) == 0
+    assert final_failure(Path(spec.folder)) == replace(failure, time=ANY), "the same words once"
     assert failure.remedy.startswith(
         "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node"
     )

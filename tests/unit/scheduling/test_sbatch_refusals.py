@@ -181,7 +181,7 @@ def test_refusal_for_want_of_nodes_names_the_quarantine_first(
     assert failure and "is quarantined" not in failure.cause and "excludes" not in failure.cause, (
         "no node is quarantined"
     )
-    add_to_quarantine(Path(spec.quarantine), ["n2"], "slow with most other nodes", "fabric, job 5")
+    add_to_quarantine(Path(spec.quarantine), {"n2": "slow with most other nodes"}, "fabric, job 5")
     record_refusal(job(Path(spec.folder)), f"{FAILED}{text}")
     failure = read_failure(Path(spec.folder))
     assert failure and failure.failure_class == REFUSED and failure.remedy.startswith(remedy)

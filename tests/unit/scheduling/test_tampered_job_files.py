@@ -56,7 +56,7 @@ def test_broken_quarantine_is_kept_and_named_while_a_job_runs(tmp_path: Path, ca
             read_quarantine(tmp_path / QUARANTINE)
         except UserError:
             assert set(quarantined_nodes(tmp_path / QUARANTINE)) <= {"n1"}, change
-            records.quarantine(["n2"], "down")
+            records.quarantine({"n2": "down"})
             assert (tmp_path / QUARANTINE).read_bytes() == text, change
             assert "n2: down; not added to results/quarantine.json" in capsys.readouterr().out
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, NotRequired, Self
@@ -336,10 +336,10 @@ class CheckReport(Artifact):
 
     problems: list[str]
 
-    def write_or_raise(self, out: Path, summary: str, hint: str, bad_nodes: Sequence[str] = ()) -> None:
+    def write_or_raise(self, out: Path, summary: str, hint: str, bad_nodes: Mapping[str, str] | None = None) -> None:
         """Write the report to `out` if there are no problems, else to failed_path(out).
 
-        bad_nodes: nodes without which the job may succeed
+        bad_nodes: node without which the job may succeed -> its own problem
 
         Raises:
             BadNodesError: there are problems, and all of them are of `bad_nodes`; the message is as that of the UserError.

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from longhaul.artifacts.artifact_schemas import Artifact
 from longhaul.artifacts.atomic_files import content_hash, free_bytes
@@ -99,9 +99,11 @@ class Failure(Artifact):
     invocation:    identity of the main Snakemake process under which it happened; a job that was cancelled, refused, or failed
                    because of its environment, is not retried by that one
     needed_bytes:  free space in `needed_in` with which the failure no longer applies; 0 if space is not the cause
-    bad_nodes:     nodes of the allocation that are not fit for the job
+    bad_nodes:     node of the allocation that is not fit for the job -> its own problem
     next_attempt:  `attempt 2 of 3` where that main Snakemake process starts the job again; "" where it does not
     """
+
+    schema_version: ClassVar[int] = 2
 
     failure_class: str
     cause: str
@@ -115,7 +117,7 @@ class Failure(Artifact):
     invocation: str = ""
     needed_bytes: int = 0
     needed_in: str = ""
-    bad_nodes: list[HostName] = field(default_factory=list)
+    bad_nodes: dict[HostName, str] = field(default_factory=dict)
     next_attempt: str = ""
 
     def still_applies(self, key: str, invocation: str) -> bool:

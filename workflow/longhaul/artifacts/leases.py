@@ -1,4 +1,4 @@
-"""Takes and releases leases: one main Snakemake process per run, and when an owner counts as dead; weights_lock.py uses them.
+"""Takes and releases leases: one main Snakemake process per run; no time-out ends a lease. weights_lock.py uses them, too.
 
 Snakemake's own lock survives a killed main process. Here link(2) decides who owns a lease; it is atomic on every file system,
 NFS included. A lease is taken over only from an owner that is certainly dead: on the owner's own host the operating system

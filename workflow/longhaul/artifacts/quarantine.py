@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Required
@@ -85,8 +85,8 @@ def _valid_names(path: Path) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for name in names if is_host_name(name)))
 
 
-def add_to_quarantine(path: Path, nodes: Iterable[str], cause: str, evidence: str) -> None:
-    """Add those of `nodes` that are not in the list yet.
+def add_to_quarantine(path: Path, causes: Mapping[str, str], evidence: str) -> None:
+    """Add nodes that are not in the list yet. causes: node -> why it is added; evidence: the job that found it
 
     Raises:
         UserError: the file is not a valid list. It is left as it is.
@@ -94,7 +94,9 @@ def add_to_quarantine(path: Path, nodes: Iterable[str], cause: str, evidence: st
     before = read_quarantine(path)
     listed = before.node_names
     added: list[QuarantinedNode] = [
-        {"node": node, "cause": cause, "time": utc_now(), "evidence": evidence} for node in nodes if node not in listed
+        {"node": node, "cause": cause, "time": utc_now(), "evidence": evidence}
+        for node, cause in causes.items()
+        if node not in listed
     ]
     if added:
         Quarantine([*before.nodes, *added]).write(path)

@@ -57,10 +57,10 @@ class InsideNodes:
     findings: list[SlowCollective] = field(default_factory=list)
 
     @property
-    def bad_nodes(self) -> list[str]:
-        """Return the nodes with findings, if others have none: a fault of all nodes is one of the site."""
-        bad = {found.host for found in self.findings}
-        return [host for host in self.hosts if host in bad] if len(bad) < len(self.hosts) else []
+    def bad_nodes(self) -> dict[str, str]:
+        """Return each node with findings -> the first, if other nodes have none: a fault of all nodes is one of the site."""
+        first = self._first_findings()
+        return {host: first[host] for host in self.hosts if host in first} if len(first) < len(self.hosts) else {}
 
     def problems(self) -> list[str]:
         """Return one line per collective and limit, with the values of the worst node."""
@@ -74,8 +74,11 @@ class InsideNodes:
 
     def node_results(self) -> list[NodeResult]:
         """Return a result for each node."""
-        first = {found.host: f"{found.text}{found.limit}" for found in reversed(self.findings)}
+        first = self._first_findings()
         return [new_node_result(host, "collectives inside the node", None, first.get(host, "")) for host in self.hosts]
+
+    def _first_findings(self) -> dict[str, str]:
+        return {found.host: f"{found.text}{found.limit}" for found in reversed(self.findings)}
 
 
 def measure_inside_nodes(

@@ -28,7 +28,12 @@ from longhaul.checks.judge_measurements import EXACT_RESULTS
 from longhaul.checks.node_connections import Connections, connect_to_others
 from longhaul.checks.node_facts import node_facts, node_parts, scratch_parts
 from longhaul.checks.node_problems import GB, node_problems, node_warnings
-from longhaul.checks.nodes_to_exclude import environment_results, nodes_to_exclude, problems_by_node
+from longhaul.checks.nodes_to_exclude import (
+    environment_results,
+    first_problems,
+    nodes_to_exclude,
+    problems_by_node,
+)
 from longhaul.checks.run_parts_in_child import run_parts
 from longhaul.config.shipped_files import CONSTRAINTS
 from longhaul.errors import UserError
@@ -108,7 +113,7 @@ def _refuse_connections(found: Sequence[Connections], job: EnvironmentSpec) -> N
         Path(job.out),
         f"nodes do not reach each other{pairs}; nothing else was compared",
         "correct these problems, or exclude the nodes",
-        bad,
+        {node: first_problems(problems[node]) for node in bad},
     )
 
 

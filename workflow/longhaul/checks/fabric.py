@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -257,10 +257,16 @@ def _accepts_slow(job: FabricSpec) -> bool:
     return job.bad_hardware == "warn"
 
 
-def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Sequence[str] = ()) -> None:
-    """Write the failed report and raise BadNodesError if a node is too slow. slow_inside: nodes that are slow inside."""
-    out = Path(job.out)
-    nodes = [*(() if _accepts_slow(job) else (node["host"] for node in report.slow_nodes)), *slow_inside]
+def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Mapping[str, str] | None = None) -> None:
+    """Write the failed report and raise BadNodesError if a node is too slow.
+
+    slow_inside: node that is slow inside -> what was measured
+    """
+    out, nodes = Path(job.out), dict(slow_inside or {})
+    if not _accepts_slow(job):
+        nodes |= {
+            node["host"]: slow_node_line(node, report.grown_errors.get(node["host"], {})) for node in report.slow_nodes
+        }
     if nodes:
         report.write(failed_path(out))
         raise BadNodesError(

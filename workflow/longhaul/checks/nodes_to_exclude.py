@@ -29,8 +29,10 @@ def problems_by_node(nodes: Sequence[Facts], rows: Sequence[CheckRow], job: Envi
     return found
 
 
-def nodes_to_exclude(nodes: Sequence[Facts], problems: Mapping[str, Sequence[str]], job: EnvironmentSpec) -> list[str]:
-    """Return the names of nodes that are unfit while the others are fit; [] if no node is fit, or a problem is left.
+def nodes_to_exclude(
+    nodes: Sequence[Facts], problems: Mapping[str, Sequence[str]], job: EnvironmentSpec
+) -> dict[str, str]:
+    """Return each node that is unfit while the others are fit -> its first problems; {} if no node is fit, or a problem is left.
 
     A fault of all nodes is one of the site: with other nodes the job would fail again.
 
@@ -38,16 +40,17 @@ def nodes_to_exclude(nodes: Sequence[Facts], problems: Mapping[str, Sequence[str
     """
     others = [node for node in nodes if not problems[node["host"]]]
     if not others or node_problems(others, job):
-        return []
-    return [host for host, found in problems.items() if found]
+        return {}
+    return {host: first_problems(found) for host, found in problems.items() if found}
 
 
 def environment_results(problems: Mapping[str, Sequence[str]]) -> list[NodeResult]:
     """Return a result for each node, with its first problems. problems: result of problems_by_node."""
-    return [new_node_result(host, ENVIRONMENT_CHECK, None, _first_problems(found)) for host, found in problems.items()]
+    return [new_node_result(host, ENVIRONMENT_CHECK, None, first_problems(found)) for host, found in problems.items()]
 
 
-def _first_problems(found: Sequence[str]) -> str:
+def first_problems(found: Sequence[str]) -> str:
+    """Return the first problems of a node in one line, with the number of the others."""
     more = len(found) - _KEPT_PROBLEMS
     return "; ".join(found[:_KEPT_PROBLEMS]) + (f"; {more} more" if more > 0 else "")
 

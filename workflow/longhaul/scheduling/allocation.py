@@ -1,4 +1,6 @@
-"""Describes this job's allocation: nodes, partition, Slurm's restart count, unresponsive nodes; refuses a second active job."""
+"""Describes this job's allocation: nodes, partition, Slurm's restart count; how long a node has to respond; refuses a second
+active job.
+"""
 
 from __future__ import annotations
 

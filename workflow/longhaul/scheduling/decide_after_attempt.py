@@ -22,7 +22,7 @@ from longhaul.artifacts.job_state import (
     Failure,
     this_host,
 )
-from longhaul.artifacts.quarantine import quarantined_nodes
+from longhaul.artifacts.quarantine import quarantine_reasons, quarantined_nodes
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation
@@ -57,14 +57,16 @@ class AllocationEnd:
         # Asked again: when Slurm takes an allocation away, none of its nodes responds.
         self._exit_if_slurm_ends_it(failure)
         if lost:
-            self._records.quarantine(lost, failure.cause if failure.failure_class == NODE else "does not respond")
+            cause = failure.cause if failure.failure_class == NODE else "does not respond"
+            self._records.quarantine(dict.fromkeys(lost, cause))
             self.requeue(f"{', '.join(lost)} does not respond", lost)
 
     def _requeue_without_bad_nodes(self, failure: Failure) -> None:
         """Quarantine the nodes that a check found unfit, and requeue the job: Slurm gives it others."""
-        if bad := [node for node in self._allocation.nodes if node in failure.bad_nodes]:
-            self._records.quarantine(bad, failure.cause)
-            self.requeue(failure.cause, bad)
+        bad = {node: failure.bad_nodes[node] for node in self._allocation.nodes if node in failure.bad_nodes}
+        if bad:
+            self._records.quarantine(bad)
+            self.requeue(failure.cause, list(bad))
 
     def exit_stopped_early(self, reason: str) -> NoReturn:
         """Exit after a training that saved and stopped on purpose."""
@@ -88,7 +90,9 @@ class AllocationEnd:
         listed = quarantined_nodes(Path(self._job.quarantine))
         all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
         if self._job.slurm:
-            self._require_enough_nodes(all_excluded, reason)
+            reasons = quarantine_reasons(Path(self._job.quarantine))
+            is_told = bool(excluded) and all(reasons.get(node) for node in excluded or [])
+            self._require_enough_nodes(all_excluded, "" if is_told else reason)
         if not self._job.slurm or not self._job.requeue:
             self._leave_to_next_run(reason)
         self._records.write_end("waiting", reason)
@@ -120,7 +124,7 @@ class AllocationEnd:
         if info and info.reached_time_limit:
             self._fail_at_time_limit(failure)
         down = self._allocation.down_nodes()
-        self._records.quarantine(down, "down while the job ran on it")
+        self._records.quarantine(dict.fromkeys(down, "down while the job ran on it"))
         state = info.state if info else "cause unknown"
         lost = f": {', '.join(down)} {'is' if len(down) == 1 else 'are'} down" if down else ""
         self._leave_to_next_run(f"Slurm ended the allocation ({state}){lost}")
@@ -143,11 +147,11 @@ class AllocationEnd:
         self.fail(replace(failure, failure_class=WALLTIME, cause=cause))
 
     def _require_enough_nodes(self, excluded: list[str], reason: str) -> None:
-        """Fail if too few nodes are left: Slurm would refuse the job. reason: why it is requeued."""
+        """Fail if too few nodes are left: Slurm would refuse the job. reason: why it is requeued, if no list has it."""
         shortage = find_shortage(self._allocation.partition, self._job.nodes, Path(self._job.quarantine), excluded)
         if shortage:
-            cause = shortage.cause if reason in shortage.cause else f"{reason}, and {shortage.cause}"
-            self.fail(Failure(ENVIRONMENT, cause, f"{shortage.remedy}; then {_RESUME_REMEDY}", host=this_host()))
+            remedy = f"{shortage.remedy}; then {_RESUME_REMEDY}"
+            self.fail(Failure(ENVIRONMENT, shortage.cause_after(reason), remedy, host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

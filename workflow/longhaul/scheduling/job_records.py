@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,16 +93,19 @@ class JobRecords:
         }
         append_record(self._folder.history, line)
 
-    def quarantine(self, nodes: list[str], cause: str) -> None:
-        """Exclude nodes from later submissions. A quarantine list that is not valid stays as its user left it."""
+    def quarantine(self, causes: Mapping[str, str]) -> None:
+        """Exclude nodes from later submissions. A quarantine list that is not valid stays as its user left it.
+
+        causes: node -> why it is excluded
+        """
         name, path = self._job.name, self._job.quarantine
         try:
-            add_to_quarantine(Path(path), nodes, cause, f"{name}, job {self._allocation.job_id}")
+            add_to_quarantine(Path(path), causes, f"{name}, job {self._allocation.job_id}")
         except UserError as error:
-            print(f"warning: {', '.join(nodes)}: {cause}; not added to {path}: {error}", flush=True)
+            print(f"warning: {_grouped(causes)}; not added to {path}: {error}", flush=True)
             return
-        if nodes:
-            print(f"{', '.join(nodes)}: {cause}; excluded from later jobs ({path})", flush=True)
+        if causes:
+            print(f"{_grouped(causes)}; excluded from later jobs ({path})", flush=True)
 
     def newest_step(self) -> int:
         """Return the newest step that a complete checkpoint of the job holds; 0 if there is none."""
@@ -124,3 +128,11 @@ class JobRecords:
                 flush=True,
             )
             sys.exit(1)
+
+
+def _grouped(causes: Mapping[str, str]) -> str:
+    """Return one part for each cause with its nodes. causes: node -> why it is excluded"""
+    nodes: dict[str, list[str]] = {}
+    for node, cause in causes.items():
+        nodes.setdefault(cause, []).append(node)
+    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in nodes.items())

@@ -20,6 +20,12 @@ class NodeShortage:
     cause: str
     remedy: str
 
+    def cause_after(self, earlier: str) -> str:
+        """Return what happened before and the cause, where neither has the other's words."""
+        if earlier in self.cause:
+            return self.cause
+        return earlier if self.cause in earlier else f"{earlier}, and {self.cause}"
+
 
 def find_shortage(
     partition: str | None, needed: int, quarantine: Path, excluded: Iterable[str] = ()

@@ -89,12 +89,12 @@ def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:
         return False
     spec, invocation = LaunchSpec.read(JobFolder(folder).launch_spec), current_invocation(run_of(folder))
     earlier = read_failure(folder)
-    before = f"{earlier.cause}, and " if earlier and earlier.invocation == invocation else ""
+    is_retried = earlier is not None and earlier.invocation == invocation
     Failure(
         ENVIRONMENT,
-        f"{before}{shortage.cause}",
+        shortage.cause_after(earlier.cause if earlier and is_retried else ""),
         f"{shortage.remedy}; then run the same command again",
-        evidence=earlier.evidence if earlier and before else [],
+        evidence=earlier.evidence if earlier and is_retried else [],
         key=launch_key(spec.inputs, spec.data),
         invocation=invocation,
     ).write(JobFolder(folder).failure)

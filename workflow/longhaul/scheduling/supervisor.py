@@ -74,7 +74,8 @@ class Supervisor:
     def _quarantine_down_nodes(self, earlier: State | None) -> None:
         """Quarantine nodes that went down while an earlier allocation ran, so that its supervisor could not do it."""
         if self.job.slurm and earlier and earlier.state == "running":
-            self.records.quarantine(slurm_client.down_nodes(earlier.nodes), "down after the job ran on it")
+            down = slurm_client.down_nodes(earlier.nodes)
+            self.records.quarantine(dict.fromkeys(down, "down after the job ran on it"))
 
     def _run_attempts(self, steps: StepRunner, end: AllocationEnd) -> None:
         """Run the steps until they succeed; restart them in place after a crash."""
