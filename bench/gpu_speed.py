@@ -277,20 +277,19 @@ def loss_table(losses: dict[str, list[float]]) -> list[str]:
     steps = len(next(iter(losses.values())))
     lines = [
         f"losses of {steps:,} steps on real text, a dense model of 0.3 B parameters; differences from the plain runs,",
-        "which differ from each other in their kernels alone",
+        "which differ from each other in their kernels and in the number of micro batches, whose gradients are added",
     ]
     means = {}
     for name, values in losses.items():
         differences = [
             abs(a - b) for other in plain if other != name for a, b in zip(values, losses[other], strict=True)
         ]
+        last = f"last 20 steps {statistics.fmean(values[-20:]):.4f}{', plain' if name in plain else ''}"
         if not differences:
+            lines.append(f"{name:58} no plain run to compare with, {last}")
             continue
         means[name] = statistics.fmean(differences)
-        lines.append(
-            f"{name:58} mean {means[name]:.5f}, largest {max(differences):.5f}, "
-            f"last 20 steps {statistics.fmean(values[-20:]):.4f}{', plain' if name in plain else ''}"
-        )
+        lines.append(f"{name:58} mean {means[name]:.5f}, largest {max(differences):.5f}, {last}")
     if len(plain) > 1:
         lines.append(f"the largest mean of a plain run is {max(means[name] for name in plain):.5f}")
     return lines

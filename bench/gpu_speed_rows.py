@@ -85,7 +85,7 @@ class Row:
     name:  <group>/<what runs>; a group is a model, with " on 2 GPUs" where that is so
     kind:  "longhaul", or a function of gpu_speed_peers.py
     stage: config of the stage, from which peers take their model and batches
-    plain: one of the runs of a group that differ in their kernels alone; the losses of all rows are compared with theirs
+    plain: one of the runs of a group that differ in rounding alone; the losses of all rows are compared with theirs
     """
 
     name: str
@@ -153,9 +153,10 @@ def _curves(**keys: Any) -> dict[str, Any]:
 
 
 def _plain_runs(group: str, stage: dict[str, Any]) -> list[Row]:
-    """Return the same training with four sets of kernels. Its matrix products depend on the micro batch.
+    """Return the same training with two kernels of attention and three sizes of matrix products.
 
-    How much these four differ from each other shows what rounding alone does to the losses.
+    How much these four differ from each other shows what rounding alone does to the losses. With several micro batches,
+    DeepSpeed adds their gradients in the stage's precision.
     """
     kernels: dict[str, dict[str, Any]] = {
         "": {},

@@ -108,7 +108,7 @@ def test_slow_node_is_a_warning_where_the_config_accepts_it(hosts: VirtualCluste
     assert (found.quarantined, found.problems, len(found.passed_on)) == ((), [], hosts.size.nodes - 1)
     report = FabricReport.read(drill.out)
     assert [node["host"] for node in report.slow_nodes] == ["n2"] and report.results
-    assert report.warnings[0].startswith("n2 is slow with most other nodes")
+    assert report.accepted[0].startswith("n2 is slow with most other nodes")
 
 
 @pytest.mark.slow

@@ -76,6 +76,9 @@ def test_losses_are_compared_with_those_of_the_other_plain_runs():
     assert "mean 0.01000, largest 0.03000, last 20 steps 4.5000" in lines[0]  # (0.01 + 0.02 + 0.03) / 3 / 2 steps
     assert "mean 0.25750, largest 0.50000, last 20 steps 4.7500" in lines[-1]
     assert last == "the largest mean of a plain run is 0.01000"
+    assert loss_table({"losses/longhaul": [5.0, 4.5]})[-1].endswith(
+        "no plain run to compare with, last 20 steps 4.7500"
+    )
 
 
 def test_time_without_a_kernel_is_idle():

@@ -85,6 +85,17 @@ def test_wrong_values_and_a_late_message_are_named_with_their_node():
     ]
 
 
+def test_node_that_is_slow_beside_the_others_can_be_accepted_but_not_one_below_a_limit():
+    found = inside(nodes(400.0, 400.0, 100.0), {}).accepting_relative()
+    assert (found.bad_nodes, found.problems()) == ({}, []) and {row["problem"] for row in found.node_results()} == {""}
+    assert found.accepted_lines() == inside(nodes(400.0, 400.0, 100.0), {}).problems() != []
+    limited = inside(nodes(400.0, 400.0, 100.0), {"all_reduce_gbps": 300.0})
+    assert limited.accepting_relative() == limited
+    assert limited.bad_nodes["n3"].endswith("the site file's minimum is 300 GB/s")
+    wrong = inside(nodes(400.0, 400.0, 400.0, correct=False), {})
+    assert wrong.accepting_relative() == wrong
+
+
 def test_over_gloo_a_node_may_be_slower():
     assert inside(nodes(10.0, 10.0, 4.0), {}, share=0.3).bad_nodes == {}
     assert list(inside(nodes(10.0, 10.0, 2.9), {}, share=0.3).bad_nodes) == ["n3"]

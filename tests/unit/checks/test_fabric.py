@@ -17,11 +17,14 @@ from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import FabricReport, PairResult, SlowNode
 from longhaul.artifacts.line_records import read_records
 from longhaul.artifacts.node_results import NodeResult
-from longhaul.artifacts.paths import JobFolder
+from longhaul.artifacts.paths import JobFolder, JobId
+from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
 from longhaul.checks.collective_benchmarks import COLLECTIVES
 from longhaul.checks.collectives_inside_nodes import InsideNodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric import (
+    _compared,
+    _may_go_on,
     _report,
     measured_hardware,
     most_added_seconds,
@@ -34,7 +37,9 @@ from longhaul.checks.network_ports_for_nccl import NodeNetwork
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
 from longhaul.errors import BadNodesError
+from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.fabric_job import FabricSpec
+from tests.support.small_configs import plan_of
 
 LINK = "the link between n1 and n3"
 FACTORS = {
@@ -140,8 +145,53 @@ def test_config_says_what_slow_nodes_and_links_do_but_wrong_values_are_problems(
     wrong, *problems = report.problems
     assert wrong == "n1 received wrong values"
     assert [line.split(" is slow")[0] for line in problems] == refused
-    assert [line.split(" is slow")[0] for line in report.warnings] == accepted
+    assert [line.split(" is slow")[0] for line in report.accepted] == accepted
     assert report.slow_nodes == [node]
+
+
+@pytest.mark.parametrize(
+    ("bad_hardware", "found", "goes_on"),
+    [
+        ("refuse", {}, True),
+        ("refuse", {"slow_links": [LINK]}, False),
+        ("warn", {"slow_links": [LINK]}, True),
+        ("warn", {"slow_links": [LINK], "wrong_values": ["n1 received wrong values"]}, False),
+    ],
+)
+def test_collectives_are_measured_unless_something_is_wrong_or_slow_and_not_accepted(
+    tmp_path: Path, bad_hardware: str, found: dict[str, list[str]], goes_on: bool
+) -> None:
+    job = fabric_job(tmp_path / "fabric.json", bad_hardware=bad_hardware)
+    assert _may_go_on(Tournament(**found), job) == goes_on
+
+
+@pytest.mark.parametrize("pairs_only", [False, True])
+@pytest.mark.parametrize("bad_hardware", ["refuse", "warn"])
+def test_rate_below_the_baseline_is_accepted_before_a_training_and_where_the_config_says_so(
+    tmp_path: Path, bad_hardware: str, pairs_only: bool
+) -> None:
+    """Also if a node is slow: the check goes on then, and says what else is slow."""
+    slow = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    usual = UsualRate(median=90.0, lowest=80.0, highest=99.0, count=3)
+    baseline = SiteBaseline("", "r", "today", {}, {"pairs of nodes, gloo, 1 ranks per node": usual})
+    job = fabric_job(tmp_path / "fabric.json", bad_hardware=bad_hardware, pairs_only=pairs_only, baseline=baseline)
+    nodes = [slow] if bad_hardware == "warn" else []
+    report = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}, [pair(1, 1.0)], nodes)
+    compared = _compared(report, job, FabricHardware())
+    line = "pairs of nodes, gloo, 1 ranks per node: 1 GB/s, the site's baseline is 90 GB/s"
+    is_accepted = pairs_only or bad_hardware == "warn"
+    assert (compared.problems, compared.accepted) == (([], [line]) if is_accepted else ([line], []))
+
+
+def test_accepted_slow_node_counts_as_fit() -> None:
+    slow = SlowNode(host="m1", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
+    tournament = Tournament([pair(1, 1.0), pair(2, 7.0)], [slow])
+    assert [row["problem"] for row in node_results(tournament, accepts_slow=True)] == ["", "", ""]
+
+
+def test_plan_gives_the_check_the_setting(tmp_path: Path) -> None:
+    spec = job_spec(plan_of(tmp_path, {"checks.bad_hardware": "warn"}), JobId("fabric"))
+    assert isinstance(spec, FabricSpec) and spec.bad_hardware == "warn"
 
 
 def test_slow_node_that_the_config_accepts_is_not_raised_but_one_that_is_slow_inside(tmp_path: Path) -> None:
@@ -161,7 +211,7 @@ def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path
         raise_if_slow(fabric_job(tmp_path / "fabric.json"), report)
     assert (
         list(raised.value.nodes) == ["n2"]
-        and raised.value.nodes["n2"].startswith("n2 is slow with most")
+        and raised.value.nodes["n2"].startswith("slow with most other nodes: 1 GB/s")
         and raised.value.failure_class == "node"
     )
     assert FabricReport.read(failed_path(tmp_path / "fabric.json")) == report

@@ -49,6 +49,15 @@ def test_usual_rates_are_median_and_spread_over_all_gpus(plan: Plan):
     assert learned.gpu_pairs == {"NVLink": {"median": 350.0, "lowest": 325.0, "highest": 360.0, "count": 3}}
 
 
+def test_network_is_not_stored_if_something_slow_was_accepted(plan: Plan, capsys: pytest.CaptureFixture[str]):
+    write_report(plan.paths.environment, 700.0, 720.0)
+    pairs = [PairResult(hosts=["n1", "n2"], rail=0, bandwidth_gbps=4.0, latency_us=9.0)]
+    report = FabricReport([], "nccl", 2, ["n1", "n2"], [], {}, pairs, accepted=["n2 is slow"])
+    report.write(plan.paths.fabric)
+    assert learn_baseline(plan).network == {}
+    assert "no rates of the network are stored, as they are not healthy: n2 is slow" in capsys.readouterr().out
+
+
 def test_network_is_stored_if_the_fabric_check_passed_too(plan: Plan, capsys: pytest.CaptureFixture[str]):
     write_report(plan.paths.environment, 700.0, 720.0)
     assert learn_baseline(plan).network == {}

@@ -57,6 +57,9 @@ def test_bad_hardware_and_other_problems_add_up():
     found = nodes()
     found[1]["gpus"].pop()
     assert excluded(found, [failed("n4")]) == ["n2", "n4"]
+    found[1] |= {"clock_skew_s": 3600.0, "write_error": "Read-only file system", "memory_bytes": 2**30}
+    unfit = nodes_to_exclude(found, problems_by_node(found, [], JOB), JOB)
+    assert unfit["n2"].count("; ") == 3 and unfit["n2"].endswith("; and 1 more problem")
 
 
 def test_first_node_alone_is_named_and_excluded_if_its_own_clock_is_wrong():
@@ -107,6 +110,6 @@ def test_each_node_gets_a_result_with_its_problems():
         "n2": "clock is -7.2 s from the median of all nodes",
         "n3": "torch can use 7 GPUs, 8 are needed (driver: 590.1); the node has 1024 MiB of memory, the site file says "
         "node.memory_mb: 100000",
-        "n4": "GPU 3: a: 1; GPU 3: b: 1; GPU 3: c: 1; 2 more",
+        "n4": "GPU 3: a: 1; GPU 3: b: 1; GPU 3: c: 1; and 2 more problems",
     }
     assert [row["problem"] for row in environment_results(problems_by_node(nodes(2), [], JOB))] == ["", ""]

@@ -182,18 +182,34 @@ def test_permanent_failure_is_recorded(spec: LaunchSpec):
 
 
 @pytest.mark.parametrize(
-    ("failure", "cause"),
-    [(CRASH, "does not respond"), (Failure(NODE, "rank 1 on n2 sent no heartbeat for 6 s", ""), "sent no heartbeat")],
+    ("failure", "more"),
+    [
+        (CRASH, ""),
+        (Failure(NODE, "rank 1 on n2 sent no heartbeat for 6 s", ""), "; rank 1 on n2 sent no heartbeat for 6 s"),
+    ],
 )
 def test_unresponsive_node_is_quarantined_and_the_job_requeued_without_it(
-    spec: LaunchSpec, slurm: Slurm, failure: Failure, cause: str
+    spec: LaunchSpec, slurm: Slurm, failure: Failure, more: str
 ):
     slurm.unresponsive = ["n2"]
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(failure)
     (entry,) = read_quarantine(Path(spec.quarantine)).nodes
-    assert entry["node"] == "n2" and cause in entry["cause"] and "job 7" in entry["evidence"]
-    assert slurm.requeued == [("7", ["n2"])] and waiting_reason(spec) == "n2 does not respond"
+    assert (entry["node"], entry.get("cause")) == ("n2", f"does not respond{more}") and "job 7" in entry.get(
+        "evidence", ""
+    )
+    assert slurm.requeued == [("7", ["n2"])] and waiting_reason(spec) == f"n2 does not respond{more}"
+
+
+def test_unresponsive_nodes_without_spares_end_the_job_with_the_reason_once(spec: LaunchSpec, slurm: Slurm):
+    slurm.partition, spec = ["n1", "n2", "n3"], spec.model_copy(update={"nodes": 3})
+    slurm.unresponsive = ["n2", "n3"]
+    with pytest.raises(SystemExit):
+        begin(spec).exit_unless_restartable(Failure(NODE, "n1: rank 0: no end of the rendezvous after 600 s", ""))
+    assert failure_of(spec).cause == (
+        "n2, n3 do not respond; n1: rank 0: no end of the rendezvous after 600 s, and 3 nodes are needed; "
+        "partition main has 3, of which 2 are quarantined: n2, n3"
+    )
 
 
 def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpec, slurm: Slurm):
@@ -206,21 +222,24 @@ def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpe
     assert slurm.requeued == [("7", ["n2"])] and "slow" in waiting_reason(spec)
 
 
-def test_bad_nodes_without_spares_end_the_job_with_the_problem_of_each_once(
+def test_bad_nodes_without_spares_end_the_job_with_all_problems_once_and_both_remedies(
     spec: LaunchSpec, slurm: Slurm, capsys: pytest.CaptureFixture[str]
 ):
+    """A check may also have found problems of no node."""
     slurm.partition, spec = ["n1", "n2"], spec.model_copy(update={"nodes": 2})
+    add_to_quarantine(Path(spec.quarantine), {"n1": "maintenance on Friday"}, "a user")
     problems = {"n1": "GPU 3 is lost", "n2": "its clock is wrong"}
-    error = BadNodesError("; ".join(f"{node}: {text}" for node, text in problems.items()), "repair them", problems)
+    message = "not ready:\n  - n1: GPU 3 is lost\n  - n2: its clock is wrong\n  - the link between n1 and n2 is slow"
+    error = BadNodesError(message, "repair them; the full report is nodes.json", problems)
     with pytest.raises(SystemExit):
         begin(spec).exit_unless_restartable(classify_error(error, Rank(0, 2, 0, 2, "n1")))
     assert read_quarantine(Path(spec.quarantine)).node_names == ("n1", "n2") and slurm.requeued == []
-    assert "n1: GPU 3 is lost; n2: its clock is wrong; excluded from later jobs" in capsys.readouterr().out
+    assert "n2: its clock is wrong; excluded from later jobs (" in capsys.readouterr().out
     assert failure_of(spec).failure_class == ENVIRONMENT and failure_of(spec).cause == (
-        "2 nodes are needed; partition main has 2, of which 2 are quarantined: "
-        "n1 (GPU 3 is lost; found by train-base, job 7), n2 (its clock is wrong; found by train-base, job 7)"
+        f"{message}\n2 nodes are needed; partition main has 2, of which 2 are quarantined: n1, n2"
     )
     assert failure_of(spec).remedy == (
+        "repair them; the full report is nodes.json; "
         "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), "
         "or name a partition with spare nodes in the site file; then run the same command again to resume"
     )

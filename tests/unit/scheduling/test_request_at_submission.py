@@ -124,7 +124,7 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
 
     def find(partition: str | None, needed: int, quarantine: Path) -> NodeShortage | None:
         asked.append((partition, needed))
-        return NodeShortage("few", "remove repaired nodes") if read_quarantine(quarantine).nodes else None
+        return NodeShortage("few", "n7", "remove repaired nodes") if read_quarantine(quarantine).nodes else None
 
     monkeypatch.setattr(request_at_submission, "find_shortage", find)
     require_enough_nodes(plan, tmp_path)
@@ -132,7 +132,7 @@ def test_every_stage_must_have_enough_nodes(tmp_path: Path, monkeypatch: pytest.
     add_to_quarantine(tmp_path / QUARANTINE, {"n7": "down"}, "job 5")
     with pytest.raises(UserError) as refused:
         require_enough_nodes(plan, tmp_path)
-    assert refused.value.message == "stages.base: few"
+    assert refused.value.message == "stages.base: few: n7"
     assert refused.value.hint == "remove repaired nodes"
     quarantine = json.loads((tmp_path / QUARANTINE).read_text())
     quarantine["nodes"].clear()

@@ -10,7 +10,7 @@ from unittest.mock import ANY
 import pytest
 
 from longhaul.artifacts.job_state import CANCELLED, ENVIRONMENT, NODE, PERMANENT, TRANSIENT, WALLTIME, read_failure
-from longhaul.artifacts.paths import RunPaths, run_of
+from longhaul.artifacts.paths import JobFolder, RunPaths, run_of
 from longhaul.artifacts.quarantine import add_to_quarantine
 from longhaul.cli import main
 from longhaul.errors import UserError
@@ -87,6 +87,7 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
             "n2 (slow with most other nodes; found by train-base, job 5)"
         )
     )
+    replace(failure, failure_class=NODE).write(JobFolder(Path(spec.folder)).failure)  # so that nodes are counted again
     assert allowed_restarts(snakemake_job(spec), 10) == 0
     assert final_failure(Path(spec.folder)) == replace(failure, time=ANY), "the same words once"
     assert failure.remedy.startswith(

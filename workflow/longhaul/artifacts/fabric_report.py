@@ -72,11 +72,12 @@ class FabricReport(CheckReport):
     """`results/<run>/fabric.json`: measured speed of pairs of nodes, and of collectives.
 
     hosts:        the name of each node
-    results:      empty where a slow node refuses the network, because it makes every collective slow
+    results:      empty where something slow is a problem, because it makes every collective slow; and before a training
     pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
     not_compared: one line per measurement that passes at any speed, with the remedy
-    warnings:     one line per accepted slow node and link, per link with new errors after the collectives, and per collective
-                  that is slower than published figures of such hardware, with the remedy
+    accepted:     one line per slow node, link or rate that is no problem: before a training, or by checks.bad_hardware
+    warnings:     one line per link with new errors after the collectives, and per collective that is slower than published
+                  figures of such hardware, with the remedy
     grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew
     nccl_tests:   rows of nccl-tests' programs, where the site names them
     """
@@ -93,6 +94,7 @@ class FabricReport(CheckReport):
     node_limits: dict[str, float] = field(default_factory=dict)
     not_compared: list[str] = field(default_factory=list)
     grown_errors: dict[str, dict[str, int]] = field(default_factory=dict)
+    accepted: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     nccl_tests: list[NcclTestsResult] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from longhaul.artifacts.fabric_report import CollectiveResult
@@ -34,6 +34,7 @@ class SlowCollective:
 
     text:     what was measured; limit: what it was compared with
     is_wrong: the values are wrong, so the time does not matter
+    is_relative: it is slow beside the other nodes, and above the site file's limits
     """
 
     host: str
@@ -42,6 +43,7 @@ class SlowCollective:
     text: str
     limit: str
     is_wrong: bool = False
+    is_relative: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,19 @@ class InsideNodes:
 
     rows:     of each collective and size the row of the slowest node
     findings: of each collective and limit the worst one first
+    accepted: findings that the config accepts, in the same order
     """
 
     hosts: list[str] = field(default_factory=list)
     rows: list[CollectiveResult] = field(default_factory=list)
     findings: list[SlowCollective] = field(default_factory=list)
+    accepted: list[SlowCollective] = field(default_factory=list)
+
+    def accepting_relative(self) -> InsideNodes:
+        """Return these measurements with nodes accepted that are slow beside the others alone."""
+        accepted = [found for found in self.findings if found.is_relative]
+        refused = [found for found in self.findings if not found.is_relative]
+        return replace(self, findings=refused, accepted=accepted)
 
     @property
     def bad_nodes(self) -> dict[str, str]:
@@ -64,13 +74,11 @@ class InsideNodes:
 
     def problems(self) -> list[str]:
         """Return one line per collective and limit, with the values of the worst node."""
-        groups: dict[tuple[str, str], list[SlowCollective]] = {}
-        for found in self.findings:
-            groups.setdefault((found.collective, found.limit.partition(" is ")[0]), []).append(found)
-        return [
-            f"inside {_hosts_text([one.host for one in found])}: {found[0].text}{found[0].limit}"
-            for found in groups.values()
-        ]
+        return _lines(self.findings)
+
+    def accepted_lines(self) -> list[str]:
+        """Return the same of what is accepted."""
+        return _lines(self.accepted)
 
     def node_results(self) -> list[NodeResult]:
         """Return a result for each node."""
@@ -79,6 +87,16 @@ class InsideNodes:
 
     def _first_findings(self) -> dict[str, str]:
         return {found.host: f"{found.text}{found.limit}" for found in reversed(self.findings)}
+
+
+def _lines(findings: Iterable[SlowCollective]) -> list[str]:
+    groups: dict[tuple[str, str], list[SlowCollective]] = {}
+    for found in findings:
+        groups.setdefault((found.collective, found.limit.partition(" is ")[0]), []).append(found)
+    return [
+        f"inside {_hosts_text([one.host for one in found])}: {found[0].text}{found[0].limit}"
+        for found in groups.values()
+    ]
 
 
 def measure_inside_nodes(
@@ -138,12 +156,13 @@ def _slow(rows: Mapping[str, CollectiveResult], minimum: float | None, slow_shar
     for host, row in sorted(rows.items(), key=lambda item: item[1]["bus_bandwidth_gbps"]):
         rate = row["bus_bandwidth_gbps"]
         if minimum and rate < minimum:
-            limit = f", the site file's minimum is {minimum:g} GB/s"
+            limit, is_relative = f", the site file's minimum is {minimum:g} GB/s", False
         elif is_compared and rate < slow_share * usual:
-            limit = f", the median of the nodes is {usual:.3g} GB/s"
+            limit, is_relative = f", the median of the nodes is {usual:.3g} GB/s", True
         else:
             continue
-        yield SlowCollective(host, row["collective"], row["bytes"], bandwidth_text(row), limit)
+        text = bandwidth_text(row)
+        yield SlowCollective(host, row["collective"], row["bytes"], text, limit, is_relative=is_relative)
 
 
 def _late(rows: Mapping[str, CollectiveResult], maximum: float) -> Iterator[SlowCollective]:

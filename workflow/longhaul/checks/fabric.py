@@ -27,7 +27,7 @@ from longhaul.checks.judge_nccl_tests import print_nccl_tests, with_nccl_tests
 from longhaul.checks.network_baseline import MOST_REPORTED_PAIRS, compare_network
 from longhaul.checks.network_ports_for_nccl import NodeNetwork, read_node_network, slowest_network
 from longhaul.checks.packet_loss import grown_line
-from longhaul.checks.pair_evidence import loss_text, slow_node_line
+from longhaul.checks.pair_evidence import loss_text, slow_node_line, slow_node_text
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.checks.run_parts_in_child import HungStep, Part, Step, announce, run_parts
@@ -96,8 +96,7 @@ def _check(job: FabricSpec) -> None:
         announce("names of the nodes", _numbers(device), COLLECTIVES_OF_RANKS)
         hosts = _of_first_ranks(rank, rank.node_name)
         tournament = run_tournament(rank, hosts, device, _tournament_budget_s(job.pairs_only))
-        # A slow node or link makes every collective slow; nothing is learned from the time that they would take.
-        is_full = not job.pairs_only and (tournament.is_healthy or (_accepts_slow(job) and not tournament.wrong_values))
+        is_full = not job.pairs_only and _may_go_on(tournament, job)
         announce("error counters of links before the collectives", _numbers(device), KERNEL)
         errors = LinkErrors(rank, device) if is_full else None
         inside = _measure_inside(rank, hosts, device, backend, job) if is_full else InsideNodes()
@@ -108,16 +107,17 @@ def _check(job: FabricSpec) -> None:
     announce(f"report in {job.out}", subject=RUN_FOLDER)
     if rank.is_main:
         report = _report(job, backend, hosts, results, inside, rank.world_size, tournament)
-        report = _compared(replace(report, warnings=[*report.warnings, *new_errors]), job, hardware)
+        report = _compared(replace(report, warnings=new_errors), job, hardware)
         if job.nccl_tests:
             measured = NcclTestsReport.read(JobFolder(Path(job.folder)).nccl_tests)
             report = with_nccl_tests(report, measured, job.baseline, hardware)
-        append_node_results(JobFolder(Path(job.folder)), [*node_results(tournament), *inside.node_results()])
+        results_of_nodes = [*node_results(tournament, _accepts_slow(job)), *inside.node_results()]
+        append_node_results(JobFolder(Path(job.folder)), results_of_nodes)
         if report.results:
             _print_measurements(report)
         if report.nccl_tests:
             print_nccl_tests(report)
-        for line in report.warnings:
+        for line in (*report.accepted, *report.warnings):
             print(f"warning: {line}", flush=True)
         for line in report.not_compared:
             print(f"unknown: {line}", flush=True)
@@ -190,7 +190,8 @@ def _measure_inside(rank: Rank, hosts: list[str], device: Any, backend: str, job
     of_node: Any = dist.new_subgroups(ranks_per_node)[0]
     group = MeasuredGroup(rank.rank % ranks_per_node, ranks_per_node, device, of_node, "node")
     rows = _measure_group(group, backend)
-    return measure_inside_nodes(hosts, group, rows, set_limits(job.node_limits), SLOW_SHARES[backend])
+    inside = measure_inside_nodes(hosts, group, rows, set_limits(job.node_limits), SLOW_SHARES[backend])
+    return inside.accepting_relative() if _accepts_slow(job) else inside
 
 
 def _measure_between(rank: Rank, device: Any, backend: str) -> list[CollectiveResult]:
@@ -236,15 +237,15 @@ def measured_hardware(device: Any, network: NodeNetwork | None) -> FabricHardwar
     return FabricHardware(torch.cuda.get_device_name(device), network, has_multicast)
 
 
-def node_results(tournament: Tournament) -> list[NodeResult]:
-    """Return for each node the median bandwidth of its pairs, and why it is slow."""
+def node_results(tournament: Tournament, accepts_slow: bool = False) -> list[NodeResult]:
+    """Return for each node the median bandwidth of its pairs, and why it is slow, if that is a problem."""
     rates: dict[str, list[float]] = defaultdict(list)
     for pair in tournament.pairs:
         for host in pair["hosts"]:
             rates[host].append(pair["bandwidth_gbps"])
     problems = {
         node["host"]: f"slow{loss_text(node.get('resent', 0.0))}: usual are {node['usual_bandwidth_gbps']:.3g} GB/s"
-        for node in tournament.slow_nodes
+        for node in (() if accepts_slow else tournament.slow_nodes)
     }
     return [
         new_node_result(host, "pair tournament", statistics.median(found), problems.get(host, ""))
@@ -253,8 +254,13 @@ def node_results(tournament: Tournament) -> list[NodeResult]:
 
 
 def _accepts_slow(job: FabricSpec) -> bool:
-    """Return whether slow nodes and links are usable by the config. Wrong values never are."""
+    """Return whether the config accepts what is slow. It never accepts wrong values and the limits of the site file."""
     return job.bad_hardware == "warn"
+
+
+def _may_go_on(tournament: Tournament, job: FabricSpec) -> bool:
+    """Return whether collectives are measured. Something slow makes all slow, and their times then show nothing new."""
+    return tournament.is_healthy or (_accepts_slow(job) and not tournament.wrong_values)
 
 
 def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Mapping[str, str] | None = None) -> None:
@@ -265,7 +271,7 @@ def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Mapping[st
     out, nodes = Path(job.out), dict(slow_inside or {})
     if not _accepts_slow(job):
         nodes |= {
-            node["host"]: slow_node_line(node, report.grown_errors.get(node["host"], {})) for node in report.slow_nodes
+            node["host"]: slow_node_text(node, report.grown_errors.get(node["host"], {})) for node in report.slow_nodes
         }
     if nodes:
         report.write(failed_path(out))
@@ -289,11 +295,12 @@ def _report(
     for host, counters in tournament.grown_errors.items():
         print(f"warning: {grown_line(host, counters, 'the pair tournament')}", flush=True)
     slow_nodes = [slow_node_line(node, tournament.grown_errors.get(node["host"], {})) for node in tournament.slow_nodes]
-    accepts_links = job.pairs_only or _accepts_slow(job)
+    accepted = [*(slow_nodes if _accepts_slow(job) else ()), *inside.accepted_lines()]
+    if job.pairs_only or _accepts_slow(job):
+        accepted += tournament.slow_links
     problems = [
         *tournament.wrong_values,
-        *(() if _accepts_slow(job) else slow_nodes),
-        *(() if accepts_links else tournament.slow_links),
+        *(line for line in (*slow_nodes, *tournament.slow_links) if line not in accepted),
         *fabric_problems(between, limits),
         *inside.problems(),
     ]
@@ -309,18 +316,20 @@ def _report(
         tournament.slow_nodes,
         node_limits,
         grown_errors=tournament.grown_errors,
-        warnings=[*(slow_nodes if _accepts_slow(job) else ()), *(tournament.slow_links if accepts_links else ())],
+        accepted=accepted,
     )
 
 
 def _compared(report: FabricReport, job: FabricSpec, hardware: FabricHardware) -> FabricReport:
-    """Return the report with what is far below baseline or catalogue; before a training, that is only a warning."""
+    """Return the report with what is far below baseline or catalogue. The baseline is no limit before a training, or where the
+    config accepts what is slow.
+    """
     compared = compare_network(report, job.baseline, hardware)
-    if not job.pairs_only:
+    if not (job.pairs_only or _accepts_slow(job)):
         return compared
-    for line in compared.problems[len(report.problems) :]:
-        print(f"warning: {line}", flush=True)
-    return report
+    below = compared.problems[len(report.problems) :]
+    whole = report if job.pairs_only else compared
+    return replace(whole, problems=report.problems, accepted=[*report.accepted, *below])
 
 
 def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:

@@ -47,10 +47,16 @@ def learn_baseline(plan: Plan) -> SiteBaseline:
 
 
 def _network(plan: Plan) -> dict[str, UsualRate]:
-    """Return the rates of the network; {} if the fabric check has not passed."""
-    if not plan.paths.fabric.exists():
+    """Return the rates of the network; {} if the fabric check has not passed, or has accepted something slow."""
+    path = plan.paths.fabric
+    report = FabricReport.read(path) if path.exists() else None
+    if report and report.accepted:
+        print(
+            f"warning: {path}: no rates of the network are stored, as they are not healthy: {'; '.join(report.accepted)}"
+        )
+    if report is None or report.accepted:
         return {}
-    return {rate.name: usual_of(rate.values) for rate in network_rates(FabricReport.read(plan.paths.fabric))}
+    return {rate.name: usual_of(rate.values) for rate in network_rates(report)}
 
 
 def _measurements(node: CheckedNode, path: str) -> NodeMeasurements:

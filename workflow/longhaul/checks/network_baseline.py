@@ -51,7 +51,7 @@ def compare_network(report: FabricReport, baseline: SiteBaseline | None, hardwar
     """Return the report with a problem per rate that is far below the baseline, and a warning per rate without a limit or a
     baseline that is far below the catalogue's.
 
-    A baseline of other GPUs says nothing. A report that names slow nodes needs no second reason.
+    A baseline of other GPUs says nothing. A report that refuses slow nodes needs no second reason.
     """
     usual = baseline.network if baseline and baseline.gpu == hardware.gpu else {}
     rates = network_rates(report)
@@ -59,7 +59,8 @@ def compare_network(report: FabricReport, baseline: SiteBaseline | None, hardwar
     in_catalogue = compare_with_catalogue(report, others, hardware)
     compared = {rate.scope for rate in rates if rate.name in usual} | {one.row["scope"] for one in in_catalogue}
     uncompared = [row for row in report.results if row["scope"] not in compared]
-    problems = [] if report.slow_nodes else list(_slow_rates(report, usual))
+    refuses_nodes = bool(report.slow_nodes and report.problems)
+    problems = [] if refuses_nodes else list(_slow_rates(report, usual))
     return replace(
         report,
         problems=[*report.problems, *problems],

@@ -52,7 +52,7 @@ def environment_results(problems: Mapping[str, Sequence[str]]) -> list[NodeResul
 def first_problems(found: Sequence[str]) -> str:
     """Return the first problems of a node in one line, with the number of the others."""
     more = len(found) - _KEPT_PROBLEMS
-    return "; ".join(found[:_KEPT_PROBLEMS]) + (f"; {more} more" if more > 0 else "")
+    return "; ".join(found[:_KEPT_PROBLEMS]) + (f"; and {more} more problem{'s' * (more > 1)}" if more > 0 else "")
 
 
 def _other_versions(nodes: Sequence[Facts]) -> Iterator[tuple[str, str]]:

@@ -166,9 +166,14 @@ def _better(one: PairMeasurement, other: PairMeasurement) -> PairMeasurement:
 
 def slow_node_line(node: SlowNode, grown: Mapping[str, int] = MappingProxyType({})) -> str:
     """Return a sentence about a slow node. grown: its error counters that grew during the tournament."""
+    return f"{node['host']} is {slow_node_text(node, grown)}"
+
+
+def slow_node_text(node: SlowNode, grown: Mapping[str, int] = MappingProxyType({})) -> str:
+    """Return the sentence without its subject."""
     counters = f"; errors since the check began: {grown_text(grown)}" if grown else ""
     return (
-        f"{node['host']} is slow with most other nodes{loss_text(node.get('resent', 0.0))}: {node['bandwidth_gbps']:.3g} GB/s, "
+        f"slow with most other nodes{loss_text(node.get('resent', 0.0))}: {node['bandwidth_gbps']:.3g} GB/s, "
         f"usual are {node['usual_bandwidth_gbps']:.3g} GB/s (rails: {', '.join(map(str, node['rails']))}){counters}"
     )
 

@@ -48,8 +48,8 @@ class Checks(FrozenModel):
     bad_hardware: Literal["refuse", "warn"] = Field(
         default="refuse",
         description="What a failed hardware check does. refuse: the run does not train on the node. warn: the check "
-        "only reports it, for sites whose nodes are usable although they fail; so does the fabric check with slow nodes "
-        "and links. Wrong results and steps that hang always refuse.",
+        "only reports it, for sites whose nodes are usable although they fail; the fabric check then also only reports "
+        "what is slow. Wrong results, steps that hang, and limits of the site file's interconnect still end the run.",
     )
     burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
         default=10.0,

@@ -1,5 +1,5 @@
-"""Describes this job's allocation: nodes, partition, Slurm's restart count; how long a node has to respond; refuses a second
-active job.
+"""Describes this job's allocation: nodes, partition, Slurm's restart count; the time within which a node must respond; refuses
+a second active job.
 """
 
 from __future__ import annotations

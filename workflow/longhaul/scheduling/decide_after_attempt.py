@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -22,7 +23,7 @@ from longhaul.artifacts.job_state import (
     Failure,
     this_host,
 )
-from longhaul.artifacts.quarantine import quarantine_reasons, quarantined_nodes
+from longhaul.artifacts.quarantine import quarantined_nodes
 from longhaul.jobs.job_spec import LaunchSpec
 from longhaul.scheduling import slurm_client
 from longhaul.scheduling.allocation import Allocation
@@ -57,16 +58,16 @@ class AllocationEnd:
         # Asked again: when Slurm takes an allocation away, none of its nodes responds.
         self._exit_if_slurm_ends_it(failure)
         if lost:
-            cause = failure.cause if failure.failure_class == NODE else "does not respond"
-            self._records.quarantine(dict.fromkeys(lost, cause))
-            self.requeue(f"{', '.join(lost)} does not respond", lost)
+            more = f"; {failure.cause}" if failure.failure_class == NODE else ""
+            self._records.quarantine(dict.fromkeys(lost, f"does not respond{more}"))
+            self.requeue(f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not respond{more}", lost)
 
     def _requeue_without_bad_nodes(self, failure: Failure) -> None:
         """Quarantine the nodes that a check found unfit, and requeue the job: Slurm gives it others."""
         bad = {node: failure.bad_nodes[node] for node in self._allocation.nodes if node in failure.bad_nodes}
         if bad:
             self._records.quarantine(bad)
-            self.requeue(failure.cause, list(bad))
+            self.requeue(failure.cause, list(bad), failure.remedy)
 
     def exit_stopped_early(self, reason: str) -> NoReturn:
         """Exit after a training that saved and stopped on purpose."""
@@ -82,17 +83,18 @@ class AllocationEnd:
             failure = replace(failure, failure_class=ENVIRONMENT, cause=cause, remedy=remedy)
         self.fail(failure)
 
-    def requeue(self, reason: str, excluded: list[str] | None = None) -> NoReturn:
+    def requeue(self, reason: str, excluded: Sequence[str] = (), remedy: str = "") -> NoReturn:
         """Requeue this Slurm job, which Snakemake then sees as still active.
 
         If that is not allowed, leave the resubmission to Snakemake's retries.
+
+        excluded: nodes that the job may not use again, for this reason
+        remedy:   what helps against the reason, if too few nodes are left
         """
         listed = quarantined_nodes(Path(self._job.quarantine))
-        all_excluded = [*listed, *(node for node in excluded or [] if node not in listed)]
+        all_excluded = [*listed, *(node for node in excluded if node not in listed)]
         if self._job.slurm:
-            reasons = quarantine_reasons(Path(self._job.quarantine))
-            is_told = bool(excluded) and all(reasons.get(node) for node in excluded or [])
-            self._require_enough_nodes(all_excluded, "" if is_told else reason)
+            self._require_enough_nodes(excluded, reason, remedy)
         if not self._job.slurm or not self._job.requeue:
             self._leave_to_next_run(reason)
         self._records.write_end("waiting", reason)
@@ -146,12 +148,12 @@ class AllocationEnd:
             self.fail(replace(failure, failure_class=PERMANENT, cause=f"{cause}, twice in a row", remedy=remedy))
         self.fail(replace(failure, failure_class=WALLTIME, cause=cause))
 
-    def _require_enough_nodes(self, excluded: list[str], reason: str) -> None:
-        """Fail if too few nodes are left: Slurm would refuse the job. reason: why it is requeued, if no list has it."""
+    def _require_enough_nodes(self, excluded: Sequence[str], reason: str, remedy: str) -> None:
+        """Fail if too few nodes are left: Slurm would refuse the job. The arguments are those of `requeue`."""
         shortage = find_shortage(self._allocation.partition, self._job.nodes, Path(self._job.quarantine), excluded)
         if shortage:
-            remedy = f"{shortage.remedy}; then {_RESUME_REMEDY}"
-            self.fail(Failure(ENVIRONMENT, shortage.cause_after(reason), remedy, host=this_host()))
+            remedies = "; ".join(filter(None, (remedy, shortage.remedy, f"then {_RESUME_REMEDY}")))
+            self.fail(Failure(ENVIRONMENT, shortage.cause_after(reason), remedies, host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

@@ -102,10 +102,11 @@ class JobRecords:
         try:
             add_to_quarantine(Path(path), causes, f"{name}, job {self._allocation.job_id}")
         except UserError as error:
-            print(f"warning: {_grouped(causes)}; not added to {path}: {error}", flush=True)
+            for node, cause in causes.items():
+                print(f"warning: {node}: {cause}; not added to {path}: {error}", flush=True)
             return
-        if causes:
-            print(f"{_grouped(causes)}; excluded from later jobs ({path})", flush=True)
+        for node, cause in causes.items():
+            print(f"{node}: {cause}; excluded from later jobs ({path})", flush=True)
 
     def newest_step(self) -> int:
         """Return the newest step that a complete checkpoint of the job holds; 0 if there is none."""
@@ -128,11 +129,3 @@ class JobRecords:
                 flush=True,
             )
             sys.exit(1)
-
-
-def _grouped(causes: Mapping[str, str]) -> str:
-    """Return one part for each cause with its nodes. causes: node -> why it is excluded"""
-    nodes: dict[str, list[str]] = {}
-    for node, cause in causes.items():
-        nodes.setdefault(cause, []).append(node)
-    return "; ".join(f"{', '.join(names)}: {cause}" for cause, names in nodes.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,27 +15,39 @@ from longhaul.scheduling import slurm_client
 
 @dataclass(frozen=True)
 class NodeShortage:
-    """cause: numbers of nodes, and why each node is quarantined; remedy: what gives the job enough nodes."""
+    """Too few nodes for a job.
 
-    cause: str
+    numbers: how many nodes the job needs, and how many are left
+    nodes:   names of the quarantined nodes, with reasons
+    remedy:  what gives the job enough nodes
+    """
+
+    numbers: str
+    nodes: str
     remedy: str
 
+    @property
+    def cause(self) -> str:
+        return f"{self.numbers}: {self.nodes}"
+
     def cause_after(self, earlier: str) -> str:
-        """Return what happened before and the cause, where neither has the other's words."""
-        if earlier in self.cause:
-            return self.cause
-        return earlier if self.cause in earlier else f"{earlier}, and {self.cause}"
+        """Return what happened before, and the cause if it does not end with that yet."""
+        if self.numbers in earlier:
+            return earlier
+        separator = "\n" if "\n" in earlier else ", and "  # after a list, a line of its own
+        return f"{earlier}{separator}{self.cause}" if earlier else self.cause
 
 
 def find_shortage(
-    partition: str | None, needed: int, quarantine: Path, excluded: Iterable[str] = ()
+    partition: str | None, needed: int, quarantine: Path, explained: Iterable[str] = ()
 ) -> NodeShortage | None:
     """Return why a partition has too few nodes; None if it has enough, or if Slurm does not say how many it has.
 
     quarantine: path of quarantine.json
-    excluded:   further nodes that the job may not use
+    explained:  nodes that the job may not use for a reason that the caller states; they may be missing in quarantine.json
     """
-    gone = {*quarantined_nodes(quarantine), *excluded}
+    explained = set(explained)
+    gone = {*quarantined_nodes(quarantine), *explained}
     nodes = slurm_client.partition_nodes(partition) if gone and partition else []
     left = [node for node in nodes if node not in gone]
     if not nodes or len(left) >= needed:
@@ -43,8 +55,10 @@ def find_shortage(
     missing = [node for node in nodes if node in gone]
     wanted = "1 node is needed" if needed == 1 else f"{needed} nodes are needed"
     lost = "1 is quarantined" if len(missing) == 1 else f"{len(missing)} are quarantined"
-    cause = f"{wanted}; partition {partition} has {len(nodes)}, of which {lost}: {quarantine_text(quarantine, missing)}"
-    return NodeShortage(cause, shortage_remedy(quarantine, len(left)))
+    numbers = f"{wanted}; partition {partition} has {len(nodes)}, of which {lost}"
+    return NodeShortage(
+        numbers, quarantine_text(quarantine, missing, explained), shortage_remedy(quarantine, len(left))
+    )
 
 
 def shortage_of_job(folder: Path, partition: str | None) -> NodeShortage | None:
@@ -59,9 +73,9 @@ def shortage_of_job(folder: Path, partition: str | None) -> NodeShortage | None:
     return find_shortage(partition, job.nodes, Path(job.quarantine)) if job.slurm else None
 
 
-def quarantine_text(quarantine: Path, nodes: Iterable[str]) -> str:
-    """Return the names of nodes with the reasons of those that have one."""
-    reasons = quarantine_reasons(quarantine)
+def quarantine_text(quarantine: Path, nodes: Iterable[str], explained: Container[str] = ()) -> str:
+    """Return the names of nodes with the reasons of those that have one. explained: nodes whose reason is left out"""
+    reasons = {node: text for node, text in quarantine_reasons(quarantine).items() if node not in explained}
     return ", ".join(f"{node} ({reasons[node]})" if reasons.get(node) else node for node in nodes)
 
 

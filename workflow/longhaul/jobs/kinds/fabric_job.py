@@ -30,7 +30,7 @@ class FabricSpec(JobSpec):
     pairs_only: (
         bool  # the quick half, before a training on its own nodes: slow nodes are named, collectives not measured
     )
-    bad_hardware: Literal["refuse", "warn"]  # what a slow node or a slow link between nodes does
+    bad_hardware: Literal["refuse", "warn"]  # what follows from a slow node, link or rate
     folder: str  # the job's folder, for the results of each node
     out: str  # fabric.json
     nccl_tests: str | None = None  # folder of nccl-tests' programs; the step before this one has run them

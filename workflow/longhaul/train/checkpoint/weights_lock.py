@@ -1,5 +1,5 @@
-"""Locks a weights folder for one writer: a second copy of a running job waits until the first shows no sign of life for a time
-that is set here.
+"""Locks a weights folder for one writer: a second copy of a running job waits until the first shows no sign of life for a time,
+which this module sets.
 
 When a main Snakemake process is killed, its jobs continue, and the next one starts them again. The owner of a weights folder
 holds a lease and increments a counter in a file beside it. Whoever sees that counter stand still for long enough, by its own
