@@ -1,5 +1,5 @@
 #!/bin/bash
-# Continues a step inside the container that srun started for it.
+# Sets the working folder and PYTHONPATH inside the container that srun started for a step, and continues the step.
 # enter_srun_container.sh WORKDIR PYTHONPATH FOLDER... -- WORD...
 # srun leaves the working folder to the image, and PYTHONPATH of an image replaces that of the host.
 cd -- "$1" || exit

@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from longhaul.artifacts.artifact_schemas import (
     Checkpoint,
@@ -68,8 +69,11 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     result |= {"algorithm_bandwidth_gbps": 1.0, "bus_bandwidth_gbps": 1.0}
     pair: PairResult = {"hosts": ["n1", "n2"], "rail": 0, "bandwidth_gbps": 0.7, "latency_us": 90.0}
     limits = {"all_reduce_gbps": 0.5}
-    FabricReport([], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair]).write(paths.stage(STAGE).pair_check_report)
-    fabric = FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair], warnings=["slow by its datasheet"])  # type: ignore[list-item]
+    FabricReport(
+        [], "gloo", 2, ["n1", "n2", "n3"], [], {}, [pair], accepted=["the link between n1 and n2 is slow"]
+    ).write(paths.stage(STAGE).pair_check_report)
+    slow: dict[str, Any] = {"accepted": ["n2 is slow"], "warnings": ["slow by its datasheet"]}
+    fabric = FabricReport([], "gloo", 2, ["n1", "n2"], [result], limits, [pair], **slow)  # type: ignore[list-item]
     half = NcclTestsTiming(time_us=6.5, algorithm_bandwidth_gbps=1.25, bus_bandwidth_gbps=1.75, wrong=0.0)
     row = NcclTestsResult(collective="all_reduce", bytes=8, world_size=2, out_of_place=half, in_place=None)
     larger = NcclTestsResult(collective="all_reduce", bytes=64, world_size=2, out_of_place=half, in_place=half)

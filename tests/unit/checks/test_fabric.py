@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,13 @@ from longhaul.checks.fabric import (
     most_added_seconds,
     node_results,
     planned_check_seconds,
-    raise_if_slow,
     slowest_pairs,
+    write_or_raise,
 )
 from longhaul.checks.network_ports_for_nccl import NodeNetwork
 from longhaul.checks.pair_tournament import Tournament
 from longhaul.config.site_config import FabricLimits
-from longhaul.errors import BadNodesError
+from longhaul.errors import BadNodesError, UserError
 from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from tests.support.small_configs import plan_of
@@ -159,7 +160,7 @@ def test_config_says_what_slow_nodes_and_links_do_but_wrong_values_are_problems(
     ],
 )
 def test_collectives_are_measured_unless_something_is_wrong_or_slow_and_not_accepted(
-    tmp_path: Path, bad_hardware: str, found: dict[str, list[str]], goes_on: bool
+    tmp_path: Path, bad_hardware: str, found: dict[str, Any], goes_on: bool
 ) -> None:
     job = fabric_job(tmp_path / "fabric.json", bad_hardware=bad_hardware)
     assert _may_go_on(Tournament(**found), job) == goes_on
@@ -167,7 +168,7 @@ def test_collectives_are_measured_unless_something_is_wrong_or_slow_and_not_acce
 
 @pytest.mark.parametrize("pairs_only", [False, True])
 @pytest.mark.parametrize("bad_hardware", ["refuse", "warn"])
-def test_rate_below_the_baseline_is_accepted_before_a_training_and_where_the_config_says_so(
+def test_rate_below_the_baseline_is_a_warning_before_a_training_and_where_the_config_says_so(
     tmp_path: Path, bad_hardware: str, pairs_only: bool
 ) -> None:
     """Also if a node is slow: the check goes on then, and says what else is slow."""
@@ -180,7 +181,7 @@ def test_rate_below_the_baseline_is_accepted_before_a_training_and_where_the_con
     compared = _compared(report, job, FabricHardware())
     line = "pairs of nodes, gloo, 1 ranks per node: 1 GB/s, the site's baseline is 90 GB/s"
     is_accepted = pairs_only or bad_hardware == "warn"
-    assert (compared.problems, compared.accepted) == (([], [line]) if is_accepted else ([line], []))
+    assert (compared.problems, compared.warnings) == (([], [line]) if is_accepted else ([line], []))
 
 
 def test_accepted_slow_node_counts_as_fit() -> None:
@@ -194,34 +195,35 @@ def test_plan_gives_the_check_the_setting(tmp_path: Path) -> None:
     assert isinstance(spec, FabricSpec) and spec.bad_hardware == "warn"
 
 
-def test_slow_node_that_the_config_accepts_is_not_raised_but_one_that_is_slow_inside(tmp_path: Path) -> None:
+def test_accepted_slow_node_is_not_raised_but_named_where_a_limit_is_missed(tmp_path: Path) -> None:
     node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
     job = fabric_job(tmp_path / "fabric.json", bad_hardware="warn")
-    report = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
-    raise_if_slow(job, report)
-    with pytest.raises(BadNodesError) as raised:
-        raise_if_slow(job, report, {"n3": "all_reduce is slow"})
-    assert raised.value.nodes == {"n3": "all_reduce is slow"}
+    report = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node], accepted=["n2 is slow"])
+    write_or_raise(job, report, {})
+    assert FabricReport.read(Path(job.out)) == report
+    missed = replace(report, problems=["all_reduce: 1 GB/s"])
+    with pytest.raises(UserError, match=r"not fit for training:\n  - all_reduce: 1 GB/s") as raised:
+        write_or_raise(job, missed, {})
+    assert "accepted what may be the cause: n2 is slow" in raised.value.hint and not Path(job.out).exists()
+    with pytest.raises(UserError, match="between n0, n1, n2, n3, n4, n5, n6, n7 and 2 other nodes is not fit"):
+        write_or_raise(job, replace(missed, hosts=[f"n{number}" for number in range(10)]), {})
+    with pytest.raises(BadNodesError) as bad:
+        write_or_raise(job, missed, {"n3": "all_reduce is slow"})
+    assert bad.value.nodes == {"n3": "all_reduce is slow"}
 
 
 def test_slow_node_is_raised_with_its_name_and_the_report_is_kept(tmp_path: Path) -> None:
     node = SlowNode(host="n2", rails=[0], bandwidth_gbps=1.0, usual_bandwidth_gbps=9.0)
     report = FabricReport(["n2 is slow"], "gloo", 3, ["n1", "n2", "n3"], [], {}, [], [node])
     with pytest.raises(BadNodesError, match="n2 is slow") as raised:
-        raise_if_slow(fabric_job(tmp_path / "fabric.json"), report)
-    assert (
-        list(raised.value.nodes) == ["n2"]
-        and raised.value.nodes["n2"].startswith("slow with most other nodes: 1 GB/s")
-        and raised.value.failure_class == "node"
-    )
+        write_or_raise(fabric_job(tmp_path / "fabric.json"), report, {})
+    assert list(raised.value.nodes) == ["n2"] and raised.value.failure_class == "node"
+    assert raised.value.nodes["n2"].startswith("slow with most other nodes: 1 GB/s")
     assert FabricReport.read(failed_path(tmp_path / "fabric.json")) == report
     healthy = FabricReport([], "gloo", 3, ["n1", "n2", "n3"], [], {})
     other = fabric_job(tmp_path / "other.json")
-    raise_if_slow(other, healthy)
+    write_or_raise(other, healthy, {})
     assert not failed_path(tmp_path / "other.json").exists()
-    with pytest.raises(BadNodesError) as raised:
-        raise_if_slow(other, healthy, {"n3": "all_reduce is slow"})
-    assert raised.value.nodes == {"n3": "all_reduce is slow"}
 
 
 def pair(number: int, rate: float) -> PairResult:

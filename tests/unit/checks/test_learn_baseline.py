@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +55,17 @@ def test_network_is_not_stored_if_something_slow_was_accepted(plan: Plan, capsys
     report = FabricReport([], "nccl", 2, ["n1", "n2"], [], {}, pairs, accepted=["n2 is slow"])
     report.write(plan.paths.fabric)
     assert learn_baseline(plan).network == {}
-    assert "no rates of the network are stored, as they are not healthy: n2 is slow" in capsys.readouterr().out
+    assert (
+        "no rates of the network are stored, as something was slow: n2 is slow\n  remedy: after"
+        in capsys.readouterr().out
+    )
+    plan.paths.fabric.unlink()
+    replace(report, accepted=[]).write(plan.paths.fabric)
+    healthy = learn_baseline(plan)
+    healthy.write(baseline_path(plan.loaded.site_path))
+    report.write(plan.paths.fabric)
+    assert learn_baseline(plan).network == healthy.network != {}
+    assert "the earlier rates of the network stay" in capsys.readouterr().out
 
 
 def test_network_is_stored_if_the_fabric_check_passed_too(plan: Plan, capsys: pytest.CaptureFixture[str]):

@@ -234,6 +234,8 @@ def test_baseline_and_catalogue_count_for_nccl_tests_too(tmp_path: Path):
     usual: Any = type("Baseline", (), {"gpu": hardware.gpu, "network": {name: {"median": 170.0, "lowest": 165.0}}})
     (slow,) = with_nccl_tests(between_16_ranks(), found, usual, hardware).problems
     assert slow == f"nccl-tests: {name}: 90 GB/s, the site's baseline is 170 GB/s"
+    accepted = with_nccl_tests(between_16_ranks(), found, usual, hardware, accepts_slow=True)
+    assert (accepted.problems, accepted.warnings) == ([], [slow])
 
 
 def test_problems_of_the_programs_make_the_check_fail(tmp_path: Path):

@@ -226,5 +226,6 @@ def test_rates_of_nccl_tests_are_beside_the_checks_own(page: str) -> None:
     assert "all_reduce 8 6.5 1.25 1.75 1 all_reduce 64 6.5 1.25 1.75 6.5 1.25 1.75" in page
 
 
-def test_collectives_below_published_figures_are_warnings(page: str) -> None:
-    assert "Warning: slow by its datasheet." in page
+def test_what_is_slow_and_accepted_or_below_published_figures_is_a_warning(page: str) -> None:
+    assert "Warning: n2 is slow. Warning: slow by its datasheet." in page
+    assert "slow between its nodes the link between n1 and n2 is slow" in page

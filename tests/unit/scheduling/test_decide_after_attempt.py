@@ -205,11 +205,15 @@ def test_unresponsive_nodes_without_spares_end_the_job_with_the_reason_once(spec
     slurm.partition, spec = ["n1", "n2", "n3"], spec.model_copy(update={"nodes": 3})
     slurm.unresponsive = ["n2", "n3"]
     with pytest.raises(SystemExit):
-        begin(spec).exit_unless_restartable(Failure(NODE, "n1: rank 0: no end of the rendezvous after 600 s", ""))
+        begin(spec).exit_unless_restartable(
+            Failure(NODE, "n1: rank 0: no end of the rendezvous after 600 s", "test the network")
+        )
     assert failure_of(spec).cause == (
-        "n2, n3 do not respond; n1: rank 0: no end of the rendezvous after 600 s, and 3 nodes are needed; "
-        "partition main has 3, of which 2 are quarantined: n2, n3"
+        "3 nodes are needed; partition main has 3, of which 2 are quarantined: n2, n3; "
+        "n2, n3 do not respond; n1: rank 0: no end of the rendezvous after 600 s"
     )
+    assert failure_of(spec).remedy.startswith("test the network; remove repaired nodes")
+    assert {entry.get("cause") for entry in read_quarantine(Path(spec.quarantine)).nodes} == {"does not respond"}
 
 
 def test_bad_node_is_quarantined_and_the_job_requeued_without_it(spec: LaunchSpec, slurm: Slurm):
@@ -236,7 +240,7 @@ def test_bad_nodes_without_spares_end_the_job_with_all_problems_once_and_both_re
     assert read_quarantine(Path(spec.quarantine)).node_names == ("n1", "n2") and slurm.requeued == []
     assert "n2: its clock is wrong; excluded from later jobs (" in capsys.readouterr().out
     assert failure_of(spec).failure_class == ENVIRONMENT and failure_of(spec).cause == (
-        f"{message}\n2 nodes are needed; partition main has 2, of which 2 are quarantined: n1, n2"
+        f"2 nodes are needed; partition main has 2, of which 2 are quarantined: n1, n2\n{message}"
     )
     assert failure_of(spec).remedy == (
         "repair them; the full report is nodes.json; "
@@ -253,7 +257,7 @@ def test_shortage_of_nodes_is_a_permanent_failure(spec: LaunchSpec, slurm: Slurm
         begin(spec).requeue("n2 does not respond", ["n2"])
     assert slurm.requeued == [] and failure_of(spec).failure_class == ENVIRONMENT
     assert failure_of(spec).cause == (
-        "n2 does not respond, and 2 nodes are needed; partition main has 2, of which 1 is quarantined: n2"
+        "2 nodes are needed; partition main has 2, of which 1 is quarantined: n2; n2 does not respond"
     )
     assert spec.quarantine in failure_of(spec).remedy
 

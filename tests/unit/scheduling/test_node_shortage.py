@@ -1,4 +1,4 @@
-"""Too few nodes beside the quarantine: it is found before a retry, and every text says why each node is quarantined."""
+"""Too few nodes beside the quarantine: found before a retry, with the reason of each quarantined node."""
 
 from __future__ import annotations
 

@@ -83,15 +83,15 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
         and failure.failure_class == ENVIRONMENT
         and failure.cause
         == (
-            "why it failed, and 2 nodes are needed; partition main has 2, of which 1 is quarantined: "
-            "n2 (slow with most other nodes; found by train-base, job 5)"
+            "2 nodes are needed; partition main has 2, of which 1 is quarantined: "
+            "n2 (slow with most other nodes; found by train-base, job 5); why it failed"
         )
     )
     replace(failure, failure_class=NODE).write(JobFolder(Path(spec.folder)).failure)  # so that nodes are counted again
     assert allowed_restarts(snakemake_job(spec), 10) == 0
     assert final_failure(Path(spec.folder)) == replace(failure, time=ANY), "the same words once"
     assert failure.remedy.startswith(
-        "remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node"
+        "what to do; remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node"
     )
     (tmp_path / "results/small.lease.json").write_text("the next main")
     nodes.append("n3")

@@ -342,12 +342,13 @@ class CheckReport(Artifact):
         bad_nodes: node without which the job may succeed -> its own problem
 
         Raises:
-            BadNodesError: there are problems, and all of them are of `bad_nodes`; the message is as that of the UserError.
+            BadNodesError: there are problems, and `bad_nodes`; the message is as that of the UserError.
             UserError:     there are problems; the message is `summary` with the list of problems.
         """
         failed = failed_path(out)
         if self.problems:
             self.write(failed)
+            out.unlink(missing_ok=True)  # of an earlier check
             message = f"{summary}:\n  - " + "\n  - ".join(self.problems)
             remedy = f"{hint}; the full report is {failed}"
             raise BadNodesError(message, remedy, bad_nodes) if bad_nodes else UserError(message, remedy)

@@ -140,7 +140,8 @@ class Failure(Artifact):
         """Return cause, evidence and remedy, one per line, for a log."""
         where = f" (rank {self.rank} on {self.host})" if self.rank is not None else ""
         lines = [f"error: {self.cause}{where}", *(f"  {line}" for line in self.evidence)]
-        return printable("\n".join([*lines, f"  remedy: {self.remedy}"] if self.remedy else lines))
+        remedy = f"\n  remedy: {printable(self.remedy)}" if self.remedy else ""
+        return printable("\n".join(lines)) + remedy
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from longhaul.artifacts.artifact_schemas import failed_path
 from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, PairResult
 from longhaul.artifacts.nccl_tests_report import NcclTestsReport
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
@@ -31,7 +30,7 @@ from longhaul.checks.pair_evidence import loss_text, slow_node_line, slow_node_t
 from longhaul.checks.pair_schedule import planned_repetition_seconds, planned_seconds
 from longhaul.checks.repetition_pauses import REPETITION_PAUSES_S
 from longhaul.checks.run_parts_in_child import HungStep, Part, Step, announce, run_parts
-from longhaul.errors import BadNodesError, UserError
+from longhaul.errors import UserError
 from longhaul.jobs.kinds.fabric_job import FabricSpec
 from longhaul.runtime.process_rank import Rank, require_planned_size, this_rank
 from longhaul.runtime.rank_placement import computes_on_gpus, gpu_index
@@ -44,6 +43,8 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 60.0
 """Time-out of one message or collective. The sizes are chosen so that each takes a few seconds at most."""
+_NAMED_HOSTS = 8
+"""So that a message about a thousand nodes has room for the problems."""
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
 _COLLECTIVES, _COLLECTIVE_BUDGET_S = 6, 4.0
@@ -58,7 +59,7 @@ def run(job: FabricSpec) -> None:
     """Measure pairs of nodes and collectives, and write job.out, or `<out>.failed.json` beside it when there is a problem.
 
     Raises:
-        BadNodesError:  nodes are slow with most others.
+        BadNodesError:  nodes are slow with most others, or too slow or wrong inside.
         HungCheckError: a step of this rank did not end, or ended its process.
         UserError:      another problem; the first rank raises it and lists all problems.
     """
@@ -110,7 +111,7 @@ def _check(job: FabricSpec) -> None:
         report = _compared(replace(report, warnings=new_errors), job, hardware)
         if job.nccl_tests:
             measured = NcclTestsReport.read(JobFolder(Path(job.folder)).nccl_tests)
-            report = with_nccl_tests(report, measured, job.baseline, hardware)
+            report = with_nccl_tests(report, measured, job.baseline, hardware, _accepts_slow(job))
         results_of_nodes = [*node_results(tournament, _accepts_slow(job)), *inside.node_results()]
         append_node_results(JobFolder(Path(job.folder)), results_of_nodes)
         if report.results:
@@ -121,13 +122,7 @@ def _check(job: FabricSpec) -> None:
             print(f"warning: {line}", flush=True)
         for line in report.not_compared:
             print(f"unknown: {line}", flush=True)
-        raise_if_slow(job, report, inside.bad_nodes)
-        report.write_or_raise(
-            Path(job.out),
-            f"the network between {', '.join(report.hosts)} is not fit for training",
-            "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict, and "
-            "store a new baseline if the network has changed: longhaul baseline",
-        )
+        write_or_raise(job, report, inside.bad_nodes)
 
 
 def planned_check_seconds(nodes: int, ranks_per_node: int, pairs_only: bool = False) -> dict[str, float]:
@@ -259,27 +254,32 @@ def _accepts_slow(job: FabricSpec) -> bool:
 
 
 def _may_go_on(tournament: Tournament, job: FabricSpec) -> bool:
-    """Return whether collectives are measured. Something slow makes all slow, and their times then show nothing new."""
+    """Return whether collectives are measured. Something slow makes all of them slow. If it is accepted, this is of use."""
     return tournament.is_healthy or (_accepts_slow(job) and not tournament.wrong_values)
 
 
-def raise_if_slow(job: FabricSpec, report: FabricReport, slow_inside: Mapping[str, str] | None = None) -> None:
-    """Write the failed report and raise BadNodesError if a node is too slow.
+def write_or_raise(job: FabricSpec, report: FabricReport, slow_inside: Mapping[str, str]) -> None:
+    """Write the report, or raise the error of FabricReport.write_or_raise.
 
-    slow_inside: node that is slow inside -> what was measured
+    slow_inside: node that is too slow or wrong inside -> what was measured
     """
-    out, nodes = Path(job.out), dict(slow_inside or {})
+    bad_nodes = dict(slow_inside)
     if not _accepts_slow(job):
-        nodes |= {
+        bad_nodes |= {
             node["host"]: slow_node_text(node, report.grown_errors.get(node["host"], {})) for node in report.slow_nodes
         }
-    if nodes:
-        report.write(failed_path(out))
-        raise BadNodesError(
-            "; ".join(report.problems),
-            f"ask the administrators to test network and GPU links of these nodes; the full report is {failed_path(out)}",
-            nodes,
+    if bad_nodes:
+        hint = "ask the administrators to test network and GPU links of these nodes"
+    else:
+        hint = (
+            "exclude a node of each slow link; correct interconnect.limits in the site file if they are too strict, and "
+            "store a new baseline if the network has changed: longhaul baseline"
         )
+    if report.accepted:
+        hint += f"; checks.bad_hardware accepted what may be the cause: {'; '.join(report.accepted)}"
+    others = len(report.hosts) - _NAMED_HOSTS
+    hosts = ", ".join(report.hosts[:_NAMED_HOSTS]) + (f" and {others} other nodes" if others > 0 else "")
+    report.write_or_raise(Path(job.out), f"the network between {hosts} is not fit for training", hint, bad_nodes)
 
 
 def _report(
@@ -321,15 +321,10 @@ def _report(
 
 
 def _compared(report: FabricReport, job: FabricSpec, hardware: FabricHardware) -> FabricReport:
-    """Return the report with what is far below baseline or catalogue. The baseline is no limit before a training, or where the
-    config accepts what is slow.
+    """Return the report compared with baseline and catalogue. Before a training, and where the config accepts what is slow, the
+    baseline is no limit.
     """
-    compared = compare_network(report, job.baseline, hardware)
-    if not (job.pairs_only or _accepts_slow(job)):
-        return compared
-    below = compared.problems[len(report.problems) :]
-    whole = report if job.pairs_only else compared
-    return replace(whole, problems=report.problems, accepted=[*report.accepted, *below])
+    return compare_network(report, job.baseline, hardware, accepts_slow=job.pairs_only or _accepts_slow(job))
 
 
 def slowest_pairs(pairs: list[PairResult]) -> list[PairResult]:

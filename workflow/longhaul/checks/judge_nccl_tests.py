@@ -21,7 +21,11 @@ _NAME = "nccl-tests"
 
 
 def with_nccl_tests(
-    report: FabricReport, measured: NcclTestsReport, baseline: SiteBaseline | None, hardware: FabricHardware
+    report: FabricReport,
+    measured: NcclTestsReport,
+    baseline: SiteBaseline | None,
+    hardware: FabricHardware,
+    accepts_slow: bool = False,
 ) -> FabricReport:
     """Return the report with the rows of nccl-tests. They are compared as the check's own rows between all ranks are.
 
@@ -29,7 +33,7 @@ def with_nccl_tests(
     """
     rows = [_as_collective(row) for row in measured.results]
     alone = replace(report, backend="nccl", problems=[], results=rows, pairs=[], node_limits={}, warnings=[])
-    compared = compare_network(alone, baseline, hardware)
+    compared = compare_network(alone, baseline, hardware, accepts_slow)
     problems = [*fabric_problems(rows, report.limits), *measured.problems, *compared.problems]
     return replace(
         report,

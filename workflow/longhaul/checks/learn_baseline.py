@@ -12,7 +12,7 @@ from rich.table import Table
 from longhaul.artifacts.artifact_schemas import CheckedNode, EnvironmentReport, failed_path
 from longhaul.artifacts.fabric_report import FabricReport
 from longhaul.artifacts.job_state import utc_now
-from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate
+from longhaul.artifacts.site_baseline import SiteBaseline, UsualRate, read_baseline
 from longhaul.checks.compare_rates_with_limits import RATE_CHECKS, rates_of, usual_of
 from longhaul.checks.judge_gpu_pairs import rates_by_path
 from longhaul.checks.measurement_types import NodeMeasurements
@@ -43,20 +43,28 @@ def learn_baseline(plan: Plan) -> SiteBaseline:
     gpu = _gpu_name(report.nodes)
     known = {key: usual_of(found.values()) for key, found in rates.items() if found}
     pairs = {path: usual_of(found) for path, found in rates_by_path(measured).items()}
-    return SiteBaseline(gpu, plan.run, utc_now(), known, _network(plan), pairs)
+    return SiteBaseline(gpu, plan.run, utc_now(), known, _network(plan, gpu), pairs)
 
 
-def _network(plan: Plan) -> dict[str, UsualRate]:
-    """Return the rates of the network; {} if the fabric check has not passed, or has accepted something slow."""
+def _network(plan: Plan, gpu: str) -> dict[str, UsualRate]:
+    """Return the rates of the network; {} if the fabric check has not passed.
+
+    If it accepted something slow, the rates of the earlier baseline stay, if that is of the same GPUs.
+    """
     path = plan.paths.fabric
-    report = FabricReport.read(path) if path.exists() else None
-    if report and report.accepted:
-        print(
-            f"warning: {path}: no rates of the network are stored, as they are not healthy: {'; '.join(report.accepted)}"
-        )
-    if report is None or report.accepted:
+    if not path.exists():
         return {}
-    return {rate.name: usual_of(rate.values) for rate in network_rates(report)}
+    report = FabricReport.read(path)
+    if not report.accepted:
+        return {rate.name: usual_of(rate.values) for rate in network_rates(report)}
+    earlier = read_baseline(plan.loaded.site_path)
+    kept = earlier.network if earlier and earlier.gpu == gpu else {}
+    stays = "the earlier rates of the network stay" if kept else "no rates of the network are stored"
+    print(
+        f"warning: {path}: {stays}, as something was slow: {'; '.join(report.accepted)}\n"
+        f"  remedy: after the repair, delete {path}, run the check again, and store the rates then"
+    )
+    return kept
 
 
 def _measurements(node: CheckedNode, path: str) -> NodeMeasurements:

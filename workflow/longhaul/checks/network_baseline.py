@@ -47,11 +47,14 @@ def network_rates(report: FabricReport) -> list[NetworkRate]:
     return found
 
 
-def compare_network(report: FabricReport, baseline: SiteBaseline | None, hardware: FabricHardware) -> FabricReport:
+def compare_network(
+    report: FabricReport, baseline: SiteBaseline | None, hardware: FabricHardware, accepts_slow: bool = False
+) -> FabricReport:
     """Return the report with a problem per rate that is far below the baseline, and a warning per rate without a limit or a
     baseline that is far below the catalogue's.
 
     A baseline of other GPUs says nothing. A report that refuses slow nodes needs no second reason.
+    accepts_slow: what is far below the baseline is a warning, too
     """
     usual = baseline.network if baseline and baseline.gpu == hardware.gpu else {}
     rates = network_rates(report)
@@ -59,13 +62,12 @@ def compare_network(report: FabricReport, baseline: SiteBaseline | None, hardwar
     in_catalogue = compare_with_catalogue(report, others, hardware)
     compared = {rate.scope for rate in rates if rate.name in usual} | {one.row["scope"] for one in in_catalogue}
     uncompared = [row for row in report.results if row["scope"] not in compared]
-    refuses_nodes = bool(report.slow_nodes and report.problems)
-    problems = [] if refuses_nodes else list(_slow_rates(report, usual))
+    below = [] if report.slow_nodes and not accepts_slow else list(_slow_rates(report, usual))
     return replace(
         report,
-        problems=[*report.problems, *problems],
+        problems=[*report.problems, *(() if accepts_slow else below)],
         not_compared=not_compared(report.hosts, uncompared, report.limits, report.node_limits),
-        warnings=[*report.warnings, *slow_lines(in_catalogue)],
+        warnings=[*report.warnings, *(below if accepts_slow else ()), *slow_lines(in_catalogue)],
     )
 
 

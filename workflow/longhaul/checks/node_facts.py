@@ -1,5 +1,5 @@
-"""Collects facts about one node: versions, GPUs, hardware, memory, disk, compiler, compiled ops; node_problems.py and
-hardware_checks.py classify them.
+"""Collects facts about one node: versions of the packages that must be the same, GPUs, hardware, memory, disk, compiler,
+compiled ops; node_problems.py and hardware_checks.py classify them.
 """
 
 from __future__ import annotations

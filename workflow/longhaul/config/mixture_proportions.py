@@ -1,4 +1,4 @@
-"""Converts a mixture's decimal weights to the smallest whole numbers with the same proportions."""
+"""Converts a mixture's decimal weights to the smallest whole numbers with the same proportions; refuses too large ones."""
 
 from __future__ import annotations
 

@@ -48,8 +48,9 @@ class Checks(FrozenModel):
     bad_hardware: Literal["refuse", "warn"] = Field(
         default="refuse",
         description="What a failed hardware check does. refuse: the run does not train on the node. warn: the check "
-        "only reports it, for sites whose nodes are usable although they fail; the fabric check then also only reports "
-        "what is slow. Wrong results, steps that hang, and limits of the site file's interconnect still end the run.",
+        "only reports it, for sites whose nodes are usable although they fail; the fabric check then "
+        "reports slow nodes, links and rates, and goes on. Wrong results, steps that hang, and the limits of interconnect "
+        "in the site file count as with refuse.",
     )
     burn_in_s: Annotated[float, Field(ge=0, le=30)] = Field(
         default=10.0,

@@ -176,8 +176,8 @@ def _stage_rows(stage: StageResults, status: StageStatus) -> dict[str, object]:
         stage_figures.append(figures.goodput_figure(stage.goodput))
     if stage.pair_check:
         stage_figures.append(figures.pairs_figure(stage.pair_check.hosts, stage.pair_check.pairs))
-        if stage.pair_check.accepted:
-            numbers["slow between its nodes"] = "; ".join(stage.pair_check.accepted)
+        if slow := [*stage.pair_check.accepted, *stage.pair_check.warnings]:
+            numbers["slow between its nodes"] = "; ".join(slow)
     return {
         "name": stage.name,
         "numbers": numbers,

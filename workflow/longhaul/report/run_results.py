@@ -71,7 +71,7 @@ class StageResults:
         str, float
     ]  # of the last attempt with a step: phase -> seconds from the start of rank 0's process on
     profiles: list[StepProfile]  # of the ranks that profile_steps recorded
-    pair_check: FabricReport | None  # of the stage's own nodes before its last attempt; None for fewer than three
+    pair_check: FabricReport | None  # of the stage's own nodes before its last attempt; None if it was not measured
 
     @property
     def epochs(self) -> dict[str, float]:

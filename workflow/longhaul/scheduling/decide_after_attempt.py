@@ -5,6 +5,7 @@ Every decision exits this process with code 1, after the records are written.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -58,9 +59,7 @@ class AllocationEnd:
         # Asked again: when Slurm takes an allocation away, none of its nodes responds.
         self._exit_if_slurm_ends_it(failure)
         if lost:
-            more = f"; {failure.cause}" if failure.failure_class == NODE else ""
-            self._records.quarantine(dict.fromkeys(lost, f"does not respond{more}"))
-            self.requeue(f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not respond{more}", lost)
+            self._requeue_without_lost_nodes(lost, failure)
 
     def _requeue_without_bad_nodes(self, failure: Failure) -> None:
         """Quarantine the nodes that a check found unfit, and requeue the job: Slurm gives it others."""
@@ -68,6 +67,17 @@ class AllocationEnd:
         if bad:
             self._records.quarantine(bad)
             self.requeue(failure.cause, list(bad), failure.remedy)
+
+    def _requeue_without_lost_nodes(self, lost: Sequence[str], failure: Failure) -> None:
+        """Quarantine nodes that do not respond, and requeue the job. A failure of class `node` says what was seen of one."""
+        reason, remedy = f"{', '.join(lost)} {'does' if len(lost) == 1 else 'do'} not respond", ""
+        causes = dict.fromkeys(lost, "does not respond")
+        if failure.failure_class == NODE:
+            reason, remedy = f"{reason}; {failure.cause}", failure.remedy
+            named = [node for node in lost if re.search(rf"\b{re.escape(node)}\b", failure.cause)]
+            causes |= dict.fromkeys(named, f"does not respond; {failure.cause}")
+        self._records.quarantine(causes)
+        self.requeue(reason, lost, remedy)
 
     def exit_stopped_early(self, reason: str) -> NoReturn:
         """Exit after a training that saved and stopped on purpose."""
@@ -152,8 +162,8 @@ class AllocationEnd:
         """Fail if too few nodes are left: Slurm would refuse the job. The arguments are those of `requeue`."""
         shortage = find_shortage(self._allocation.partition, self._job.nodes, Path(self._job.quarantine), excluded)
         if shortage:
-            remedies = "; ".join(filter(None, (remedy, shortage.remedy, f"then {_RESUME_REMEDY}")))
-            self.fail(Failure(ENVIRONMENT, shortage.cause_after(reason), remedies, host=this_host()))
+            cause, remedy = shortage.after(reason, remedy)
+            self.fail(Failure(ENVIRONMENT, cause, f"{remedy}; then {_RESUME_REMEDY}", host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

@@ -30,12 +30,15 @@ class NodeShortage:
     def cause(self) -> str:
         return f"{self.numbers}: {self.nodes}"
 
-    def cause_after(self, earlier: str) -> str:
-        """Return what happened before, and the cause if it does not end with that yet."""
-        if self.numbers in earlier:
-            return earlier
-        separator = "\n" if "\n" in earlier else ", and "  # after a list, a line of its own
-        return f"{earlier}{separator}{self.cause}" if earlier else self.cause
+    def after(self, cause: str, remedy: str) -> tuple[str, str]:
+        """Return cause and remedy of a failure together with those of the shortage, unless they have them already.
+
+        The numbers come first, as a check may have found much.
+        """
+        if self.numbers in cause:
+            return cause, remedy
+        separator = "\n" if "\n" in cause else "; "
+        return separator.join(filter(None, (self.cause, cause))), "; ".join(filter(None, (remedy, self.remedy)))
 
 
 def find_shortage(
