@@ -87,9 +87,12 @@ def test_job_is_not_submitted_again_if_the_quarantine_leaves_too_few_nodes(
             "n2 (slow with most other nodes; found by train-base, job 5); why it failed"
         )
     )
-    replace(failure, failure_class=NODE).write(JobFolder(Path(spec.folder)).failure)  # so that nodes are counted again
+    planned = replace(
+        failure, failure_class=NODE, next_attempt="attempt 2 of 3", needed_bytes=1, needed_in=str(tmp_path)
+    )
+    planned.write(JobFolder(Path(spec.folder)).failure)
     assert allowed_restarts(snakemake_job(spec), 10) == 0
-    assert final_failure(Path(spec.folder)) == replace(failure, time=ANY), "the same words once"
+    assert final_failure(Path(spec.folder)) == replace(failure, time=ANY), "the same words once, and no next attempt"
     assert failure.remedy.startswith(
         "what to do; remove repaired nodes from results/quarantine.json (longhaul nodes --release NODE), ask for at most 1 node"
     )

@@ -163,7 +163,7 @@ class AllocationEnd:
         shortage = find_shortage(self._allocation.partition, self._job.nodes, Path(self._job.quarantine), excluded)
         if shortage:
             cause, remedy = shortage.after(reason, remedy)
-            self.fail(Failure(ENVIRONMENT, cause, f"{remedy}; then {_RESUME_REMEDY}", host=this_host()))
+            self.fail(Failure(ENVIRONMENT, cause, remedy, host=this_host()))
 
     def _wait_for_signal(self) -> NoReturn:
         """Exit when Slurm sends SIGTERM. A job that exits before it is requeued would count as failed."""

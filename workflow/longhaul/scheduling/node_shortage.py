@@ -38,7 +38,8 @@ class NodeShortage:
         if self.numbers in cause:
             return cause, remedy
         separator = "\n" if "\n" in cause else "; "
-        return separator.join(filter(None, (self.cause, cause))), "; ".join(filter(None, (remedy, self.remedy)))
+        remedies = filter(None, (remedy, self.remedy, "then run the same command again to resume"))
+        return separator.join(filter(None, (self.cause, cause))), "; ".join(remedies)
 
 
 def find_shortage(

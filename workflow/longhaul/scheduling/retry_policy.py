@@ -89,13 +89,11 @@ def _failed_for_want_of_nodes(job: SnakemakeJob, folder: Path) -> bool:
         return False
     spec, invocation = LaunchSpec.read(JobFolder(folder).launch_spec), current_invocation(run_of(folder))
     earlier = read_failure(folder)
-    is_of_this_run = earlier is not None and earlier.invocation == invocation
-    failure = earlier if earlier and is_of_this_run else Failure(ENVIRONMENT, "", "")
-    cause, remedy = shortage.after(failure.cause, failure.remedy)
-    if remedy != failure.remedy:
-        remedy = f"{remedy}; then run the same command again"
+    if earlier is None or earlier.invocation != invocation:
+        earlier = Failure(ENVIRONMENT, "", "")
+    cause, remedy = shortage.after(earlier.cause, earlier.remedy)
     key = launch_key(spec.inputs, spec.data)
-    failure = replace(failure, failure_class=ENVIRONMENT, cause=cause, remedy=remedy, key=key, invocation=invocation)
+    failure = Failure(ENVIRONMENT, cause, remedy, earlier.evidence, key=key, invocation=invocation)
     failure.write(JobFolder(folder).failure)
     return True
 
