@@ -35,7 +35,9 @@ _SHA256 = hashlib.sha256(b"").hexdigest()
 def write_finished_run(results: Path) -> RunPaths:
     """Write results/small and return its paths."""
     paths = RunPaths("small", results)
-    _write_checks_and_data(paths)
+    _write_plan_and_environment(paths)
+    _write_fabric_checks(paths)
+    _write_data(paths)
     _write_stage(paths)
     _write_export(paths)
     _write_serve_check(paths)
@@ -43,7 +45,7 @@ def write_finished_run(results: Path) -> RunPaths:
     return paths
 
 
-def _write_checks_and_data(paths: RunPaths) -> None:
+def _write_plan_and_environment(paths: RunPaths) -> None:
     memory = {"weights": 1.0, "total": 1.5}
     row = {"name": STAGE, "kind": "pretrain", "dataset": DATASET, "memory_per_gpu_gib": memory, "steps": STEP}
     row |= {"nodes": 1, "gpus_per_node": 1, "gpu_hours_range": None}
@@ -52,6 +54,9 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     write_text(paths.config, "run: small\n")
     node = {"host": "n1", "gpus": [], "cpus": 2, "memory_bytes": 1, "disk_free_bytes": 1, "clock_skew_s": 0.0}
     EnvironmentReport([], [{**node, "versions": {"torch": "2"}}], []).write(paths.environment)  # type: ignore[typeddict-item]
+
+
+def _write_fabric_checks(paths: RunPaths) -> None:
     result = {
         "collective": "all_reduce",
         "scope": "all",
@@ -81,6 +86,9 @@ def _write_checks_and_data(paths: RunPaths) -> None:
     measured = {"step_time_s": 0.5, "step_time_spread": 0.04, "tokens_per_s_per_rank": 100.0, "efficiency": 0.9}
     gpu = {"gpu_utilisation": 0.8, "gpu_memory_share": 0.5, "hosts": ["n1"], "limits": {"min_efficiency": 0.8}}
     ScaleTestReport([], STAGE, 2, 1, 20, **measured, smallest_nodes=1, **gpu).write(paths.scale_test(2))  # type: ignore[arg-type]
+
+
+def _write_data(paths: RunPaths) -> None:
     streamed = paths.fetched / "streamed-0123.jsonl"
     write_text(streamed, "{}\n")
     Lock({"streamed": {"path": str(streamed.parent), "files": [str(streamed)], "sha256": file_sha256(streamed)}}).write(

@@ -75,7 +75,7 @@ class FabricReport(CheckReport):
     results:      empty before a training, and where the pairs had slow parts that are not accepted, or wrong values
     pairs:        empty for a single node; of more than 200 nodes, the slowest 20,000
     not_compared: one line per measurement that passes at any speed, with the remedy
-    accepted:     one line per slow node or link that is no problem: by checks.bad_hardware; and links before a training
+    accepted:     one line per slow node or link that checks.bad_hardware accepts, and per slow link before a training
     warnings:     one line per link with new errors after the collectives, per rate below the baseline that is no problem, and per
                   collective that is slower than published figures of such hardware, with the remedy
     grown_errors: node -> error counter of its ports and interfaces -> growth during the pair tournament, of those that grew

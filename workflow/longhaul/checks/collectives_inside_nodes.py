@@ -94,7 +94,7 @@ def _lines(findings: Iterable[SlowCollective]) -> list[str]:
     for found in findings:
         groups.setdefault((found.collective, found.limit.partition(" is ")[0]), []).append(found)
     return [
-        f"inside {_hosts_text([one.host for one in found])}: {found[0].text}{found[0].limit}"
+        f"inside {hosts_text([one.host for one in found])}: {found[0].text}{found[0].limit}"
         for found in groups.values()
     ]
 
@@ -210,7 +210,8 @@ def _slow_sizes(findings: Iterable[SlowCollective]) -> list[tuple[str, int]]:
     return list(dict.fromkeys((found.collective, found.bytes) for found in findings if not found.is_wrong))
 
 
-def _hosts_text(hosts: Sequence[str]) -> str:
+def hosts_text(hosts: Sequence[str]) -> str:
+    """Return the first names and the number of the others, so that a message about a thousand nodes has room for more."""
     more = len(hosts) - _NAMED_HOSTS
     return ", ".join(hosts) if more <= 0 else f"{', '.join(hosts[:_NAMED_HOSTS])} and {more} others"
 

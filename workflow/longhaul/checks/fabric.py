@@ -17,7 +17,7 @@ from longhaul.artifacts.fabric_report import CollectiveResult, FabricReport, Pai
 from longhaul.artifacts.nccl_tests_report import NcclTestsReport
 from longhaul.artifacts.node_results import NodeResult, append_node_results, new_node_result
 from longhaul.artifacts.paths import JobFolder
-from longhaul.checks.collectives_inside_nodes import InsideNodes, measure_inside_nodes
+from longhaul.checks.collectives_inside_nodes import InsideNodes, hosts_text, measure_inside_nodes
 from longhaul.checks.compare_with_published_rates import FabricHardware
 from longhaul.checks.fabric_limits import fabric_problems, set_limits
 from longhaul.checks.find_slow_nodes import SLOW_SHARES
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 _TIMEOUT_S = 60.0
 """Time-out of one message or collective. The sizes are chosen so that each takes a few seconds at most."""
-_NAMED_HOSTS = 8
-"""So that a message about a thousand nodes has room for the problems."""
 _TOURNAMENT_BUDGET_S, _QUICK_TOURNAMENT_BUDGET_S = 300.0, 20.0
 """Enough for every pair of 1,000 nodes; and before a training, of 66 nodes. Of more nodes, the pairs are a sample."""
 _COLLECTIVES, _COLLECTIVE_BUDGET_S = 6, 4.0
@@ -254,7 +252,7 @@ def _accepts_slow(job: FabricSpec) -> bool:
 
 
 def _may_go_on(tournament: Tournament, job: FabricSpec) -> bool:
-    """Return whether collectives are measured. Something slow makes all of them slow. If it is accepted, this is of use."""
+    """Return whether collectives are measured. Something slow makes all of them slow; how slow matters only if it is accepted."""
     return tournament.is_healthy or (_accepts_slow(job) and not tournament.wrong_values)
 
 
@@ -277,9 +275,8 @@ def write_or_raise(job: FabricSpec, report: FabricReport, slow_inside: Mapping[s
         )
     if report.accepted:
         hint += f"; checks.bad_hardware accepted what may be the cause: {'; '.join(report.accepted)}"
-    others = len(report.hosts) - _NAMED_HOSTS
-    hosts = ", ".join(report.hosts[:_NAMED_HOSTS]) + (f" and {others} other nodes" if others > 0 else "")
-    report.write_or_raise(Path(job.out), f"the network between {hosts} is not fit for training", hint, bad_nodes)
+    summary = f"the network between {hosts_text(report.hosts)} is not fit for training"
+    report.write_or_raise(Path(job.out), summary, hint, bad_nodes)
 
 
 def _report(
