@@ -204,7 +204,7 @@ def test_accepted_slow_node_is_not_raised_but_named_where_a_limit_is_missed(tmp_
     missed = replace(report, problems=["all_reduce: 1 GB/s"])
     with pytest.raises(UserError, match=r"not fit for training:\n  - all_reduce: 1 GB/s") as raised:
         write_or_raise(job, missed, {})
-    assert "accepted what may be the cause: n2 is slow" in raised.value.hint and not Path(job.out).exists()
+    assert "the cause may be what the check accepted: n2 is slow" in raised.value.hint and not Path(job.out).exists()
     with pytest.raises(UserError, match="between n0, n1, n2, n3 and 6 others is not fit"):
         write_or_raise(job, replace(missed, hosts=[f"n{number}" for number in range(10)]), {})
     with pytest.raises(BadNodesError) as bad:

@@ -274,7 +274,7 @@ def write_or_raise(job: FabricSpec, report: FabricReport, slow_inside: Mapping[s
             "store a new baseline if the network has changed: longhaul baseline"
         )
     if report.accepted:
-        hint += f"; checks.bad_hardware accepted what may be the cause: {'; '.join(report.accepted)}"
+        hint += f"; the cause may be what the check accepted: {'; '.join(report.accepted)}"
     summary = f"the network between {hosts_text(report.hosts)} is not fit for training"
     report.write_or_raise(Path(job.out), summary, hint, bad_nodes)
 
