@@ -269,11 +269,12 @@ def speed_table(results: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def loss_table(losses: dict[str, list[float]]) -> list[str]:
-    """Return how much the losses of each row differ from those of the plain runs, step by step.
+    """Return how much the losses of each row differ from those of the plain runs and of the fp32 run, step by step.
 
     A plain run is compared with the other plain runs: this is what rounding alone does. The mean is over steps and plain runs.
     """
     plain = [row.name for row in ROWS if row.plain and row.name in losses]
+    fp32 = [row.name for row in ROWS if row.stage.get("precision") == "fp32" and row.name in losses]
     steps = len(next(iter(losses.values())))
     lines = [
         f"losses of {steps:,} steps on real text, a dense model of 0.3 B parameters; differences from the plain runs,",
@@ -281,18 +282,23 @@ def loss_table(losses: dict[str, list[float]]) -> list[str]:
     ]
     means = {}
     for name, values in losses.items():
-        differences = [
-            abs(a - b) for other in plain if other != name for a, b in zip(values, losses[other], strict=True)
-        ]
+        differences = _differences(losses, name, plain)
+        from_fp32 = _differences(losses, name, fp32)
+        exact = f", mean {statistics.fmean(from_fp32):.5f} from fp32" if from_fp32 else ""
         last = f"last 20 steps {statistics.fmean(values[-20:]):.4f}{', plain' if name in plain else ''}"
         if not differences:
             lines.append(f"{name:58} no plain run to compare with, {last}")
             continue
         means[name] = statistics.fmean(differences)
-        lines.append(f"{name:58} mean {means[name]:.5f}, largest {max(differences):.5f}, {last}")
+        lines.append(f"{name:58} mean {means[name]:.5f}, largest {max(differences):.5f}{exact}, {last}")
     if len(plain) > 1:
         lines.append(f"the largest mean of a plain run is {max(means[name] for name in plain):.5f}")
     return lines
+
+
+def _differences(losses: dict[str, list[float]], name: str, others: list[str]) -> list[float]:
+    """Return the difference of each step's loss from that of each other row."""
+    return [abs(a - b) for other in others if other != name for a, b in zip(losses[name], losses[other], strict=True)]
 
 
 def curve_table(losses: dict[str, list[float]], points: int = 20) -> list[str]:

@@ -86,12 +86,15 @@ class Row:
     kind:  "longhaul", or a function of gpu_speed_peers.py
     stage: config of the stage, from which peers take their model and batches
     plain: one of the runs of a group that differ in rounding alone; the losses of all rows are compared with theirs
+    kernels: "flash" for FlashAttention's kernel in place of cuDNN's, which torch prefers on an H100;
+        "liger" for Liger's kernels of norms, rotary embeddings and SwiGLU in place of transformers' code
     """
 
     name: str
     kind: str
     stage: dict[str, Any] = field(default_factory=dict)
     plain: bool = False
+    kernels: str = ""
 
     @property
     def group(self) -> str:
@@ -116,11 +119,6 @@ class Row:
         if self.stage["kind"] == "sft":
             return "chat"
         return "sources" if self.model == "curves" else "corpus"
-
-    @property
-    def flash_only(self) -> bool:
-        """Return whether attention runs through FlashAttention's kernel in place of cuDNN's, which torch prefers on an H100."""
-        return self.name.endswith("other attention kernel")
 
 
 def _stage(micro_batch: int, steps: int = 1_000, **keys: Any) -> dict[str, Any]:
@@ -153,20 +151,20 @@ def _curves(**keys: Any) -> dict[str, Any]:
 
 
 def _plain_runs(group: str, stage: dict[str, Any]) -> list[Row]:
-    """Return the same training with two kernels of attention and three sizes of matrix products.
+    """Return the same training with other kernels and three sizes of matrix products.
 
-    How much these four differ from each other shows what rounding alone does to the losses. With several micro batches,
+    How much these five differ from each other shows what rounding alone does to the losses. With several micro batches,
     DeepSpeed adds their gradients in the stage's precision.
     """
-    kernels: dict[str, dict[str, Any]] = {
-        "": {},
-        ", other attention kernel": {},
-        ", micro batch 2": {"micro_batch_size": 2},
-        ", micro batch 1": {"micro_batch_size": 1},
-    }
+    stage = {**stage, "compile": "off"}
+    name = f"{group}/longhaul, plain"
+    kernels = {"": "", ", other attention kernel": "flash", ", Liger kernels": "liger"}
     return [
-        Row(f"{group}/longhaul, plain{name}", "longhaul", {**stage, "compile": "off", **keys}, plain=True)
-        for name, keys in kernels.items()
+        *(Row(name + end, "longhaul", stage, plain=True, kernels=kind) for end, kind in kernels.items()),
+        *(
+            Row(f"{name}, micro batch {size}", "longhaul", {**stage, "micro_batch_size": size}, plain=True)
+            for size in (2, 1)
+        ),
     ]
 
 
@@ -194,11 +192,12 @@ ROWS = [
     Row("mixture/longhaul, ZeRO 1, micro batch 8, packed chats", "longhaul", _stage(8, kind="sft")),
     Row("mixture/longhaul, ZeRO 1, micro batch 8, FP8", "longhaul", _stage(8, precision="fp8")),
     *_plain_runs("losses", _losses()),
+    Row("losses/longhaul, fp32", "longhaul", _losses(precision="fp32", compile="off")),
     Row("losses/longhaul", "longhaul", _losses()),
     Row("losses/longhaul, ZeRO 3", "longhaul", _losses(zero={"stage": 3})),
     Row("losses/longhaul, FP8", "longhaul", _losses(precision="fp8")),
     Row("curves/longhaul", "longhaul", _curves(), plain=True),
-    Row("curves/longhaul, other attention kernel", "longhaul", _curves(), plain=True),
+    Row("curves/longhaul, other attention kernel", "longhaul", _curves(), plain=True, kernels="flash"),
     Row("curves/longhaul, FP8", "longhaul", _curves(precision="fp8")),
     Row("dense on 2 GPUs/FSDP2, compiled layers, chunked loss, micro batch 8", "fsdp2", _two(_stage(8))),
     Row("dense on 2 GPUs/longhaul, ZeRO 1, micro batch 8", "longhaul", _two(_stage(8))),

@@ -31,14 +31,23 @@ def main() -> None:
     """Run the row."""
     folder, row = Path(sys.argv[1]), next(row for row in ROWS if row.name == sys.argv[2])
     job = TrainSpec.read(folder / "job.json")
-    if row.flash_only:
-        torch.backends.cuda.enable_cudnn_sdp(False)
+    _use_kernels(row.kernels)
     if row.kind == "limit":
         _wait_for_gpu()
         result = {"tokens_per_s": gpu_speed_peers.limit(job)}
     else:
         result = _measure(row, job, folder)
     print("\nRESULT " + json.dumps(result), flush=True)  # a progress bar may have left its line open
+
+
+def _use_kernels(kernels: str) -> None:
+    if kernels == "flash":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if kernels == "liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        # The trainer computes the loss itself.
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=False)
 
 
 def _measure(row: Row, job: TrainSpec, folder: Path) -> dict[str, Any]:

@@ -72,10 +72,13 @@ def test_losses_are_compared_with_those_of_the_other_plain_runs():
     losses = {name: [5.0 + 0.01 * number, 4.0] for number, name in enumerate(plain)}
     header, _, *lines, last = loss_table({**losses, "losses/longhaul": [5.0, 4.5]})
     assert header.startswith("losses of 2 steps")
-    assert [line.endswith(", plain") for line in lines] == [True] * 4 + [False]
-    assert "mean 0.01000, largest 0.03000, last 20 steps 4.5000" in lines[0]  # (0.01 + 0.02 + 0.03) / 3 / 2 steps
-    assert "mean 0.25750, largest 0.50000, last 20 steps 4.7500" in lines[-1]
-    assert last == "the largest mean of a plain run is 0.01000"
+    assert [line.endswith(", plain") for line in lines] == [True] * 5 + [False]
+    assert "mean 0.01250, largest 0.04000, last 20 steps 4.5000" in lines[0]  # (1 + 2 + 3 + 4) / 100 / 4 / 2 steps
+    assert "mean 0.26000, largest 0.50000, last 20 steps 4.7500" in lines[-1]
+    assert last == "the largest mean of a plain run is 0.01250"
+    *_, exact, _, last = loss_table({**losses, "losses/longhaul": [5.0, 4.5], "losses/longhaul, fp32": [5.0, 4.0]})
+    assert "mean 0.26000, largest 0.50000, mean 0.25000 from fp32, last 20 steps" in exact
+    assert last == "the largest mean of a plain run is 0.01250"
     assert loss_table({"losses/longhaul": [5.0, 4.5]})[-1].endswith(
         "no plain run to compare with, last 20 steps 4.7500"
     )
