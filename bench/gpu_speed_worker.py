@@ -44,7 +44,7 @@ def _use_kernels(kernels: str) -> None:
     if kernels == "flash":
         torch.backends.cuda.enable_cudnn_sdp(False)
     if kernels == "liger":
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # pyright: ignore[reportMissingImports]
 
         # The trainer computes the loss itself.
         apply_liger_kernel_to_llama(fused_linear_cross_entropy=False)

@@ -8,7 +8,6 @@ disk. The stall is the time of the snapshot; on a GPU the copies run during the 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import random
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
+from blake3 import blake3
 
 from bench.machine import describe_machine, write_result
 from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
@@ -102,7 +102,7 @@ def _one_thread(folder: Path, files: dict[str, Any]) -> Times:
 
 class _Hashing:
     def __init__(self, stream: Any) -> None:
-        self._stream, self._hash = stream, hashlib.sha256()
+        self._stream, self._hash = stream, blake3()
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")

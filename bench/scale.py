@@ -33,7 +33,7 @@ from bench.simulated_ranks import (
     run_other_ranks,
     run_rank_0,
 )
-from longhaul.artifacts.atomic_files import file_sha256, write_json
+from longhaul.artifacts.atomic_files import file_blake3, write_json
 from longhaul.artifacts.compare_hashes import FileHashes, wrong_files
 from longhaul.artifacts.paths import STAGE_KIND, JobId
 from longhaul.checks.environment import _judge
@@ -207,12 +207,12 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
     names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(ranks)]
     for rank, name in enumerate(names):
         (folder / name).write_bytes(rank.to_bytes(4, "little") * (CHECKPOINT_BYTES // ranks // 4))
-    entries = {name: {"bytes": CHECKPOINT_BYTES // ranks, "sha256": file_sha256(folder / name)} for name in names}
+    entries = {name: {"bytes": CHECKPOINT_BYTES // ranks, "blake3": file_blake3(folder / name)} for name in names}
     rest = {"step": 1, "validation_loss": None, "has_reference_values": False, "world_size": ranks, "zero_stage": 1}
     began_s = time.perf_counter()
     write_json(folder / MANIFEST, {**rest, "files": entries, "offload_optimizer": "none", "parallel": {}})
     wrote_s = time.perf_counter()
-    files = {folder / name: entry["sha256"] for name, entry in read_manifest(folder)["files"].items()}
+    files = {folder / name: entry["blake3"] for name, entry in read_manifest(folder)["files"].items()}
     read_s = time.perf_counter()
     listed = len(list(os.scandir(folder)))
     listed_s = time.perf_counter()
@@ -237,7 +237,7 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
 def _verify_s(files: FileHashes) -> float:
     """Compare files with their hashes, and return the time that it takes."""
     began_s = time.perf_counter()
-    if wrong := list(wrong_files(files)):
+    if wrong := list(wrong_files(files, file_blake3)):
         raise SystemExit(wrong[0])
     return time.perf_counter() - began_s
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Export
-from longhaul.artifacts.atomic_files import file_sha256, write_json
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, write_json
 from longhaul.train.checkpoint.checkpoint_folders import partial_folder, referenced_checkpoints
 from tests.faults.doctor_answers import assert_doctor_names_from_log
 from tests.parity.tokenizer_and_shards import write_shared_data
@@ -52,7 +52,7 @@ def interrupt_save(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "flipped bit": (flip_bit, f"{OPTIMIZER} does not have the SHA-256 of the manifest"),
+    "flipped bit": (flip_bit, f"{OPTIMIZER} does not have the hash of the manifest"),
     "truncated file": (truncate, f"{OPTIMIZER} has "),
     "missing manifest": (remove_manifest, "manifest.json is missing"),
     "truncated manifest": (truncate_manifest, "manifest.json cannot be read"),
@@ -113,7 +113,7 @@ def test_every_file_is_in_the_manifest_with_its_hash(half: TrainedStage):
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"manifest.json"}
     assert set(stated) == found and len(found) == 6
     for name, entry in stated.items():
-        assert entry == {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        assert entry == {"bytes": (folder / name).stat().st_size, "blake3": file_blake3(folder / name)}
 
 
 def test_a_full_disk_loses_no_checkpoint(half: TrainedStage, tmp_path: Path):

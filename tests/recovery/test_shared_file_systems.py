@@ -162,7 +162,7 @@ def test_the_lease_of_a_dead_owner_on_another_host_is_taken_over(mounts: Mounts)
 
 SAVE = """
 import json
-from longhaul.artifacts.atomic_files import file_sha256, write_json
+from longhaul.artifacts.atomic_files import file_blake3, write_json
 from longhaul.train.checkpoint import checkpoint_folders as folders
 folder = folders.step_folder(here, {step})
 partial = folders.partial_folder(folder)
@@ -170,7 +170,7 @@ partial = folders.partial_folder(folder)
 files = {{}}
 for name in ("optim.pt", "reference/tensors.json"):
     (partial / name).write_text("{text}")
-    files[name] = {{"bytes": (partial / name).stat().st_size, "sha256": file_sha256(partial / name)}}
+    files[name] = {{"bytes": (partial / name).stat().st_size, "blake3": file_blake3(partial / name)}}
 fields = {{"step": {step}, "validation_loss": None, "has_reference_values": False}}
 layout = {{"world_size": 1, "zero_stage": 0, "offload_optimizer": "none", "parallel": {{}}}}
 write_json(partial / "manifest.json", {{**fields, **layout, "files": files}})

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-ANY_SHA256 = "0" * 64
+ANY_HASH = "0" * 64
 
 
 def manifest_fields(files: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """Return a complete manifest of `files`: name -> {"bytes", "sha256"}."""
+    """Return a complete manifest of `files`: name -> {"bytes", "blake3"}."""
     return {
         "step": 1,
         "validation_loss": None,

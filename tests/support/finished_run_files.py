@@ -17,7 +17,7 @@ from longhaul.artifacts.artifact_schemas import (
     Split,
     TokenizerManifest,
 )
-from longhaul.artifacts.atomic_files import file_sha256, replace_link, write_json, write_text
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, replace_link, write_json, write_text
 from longhaul.artifacts.evaluation_result import EvaluationResult, Score
 from longhaul.artifacts.fabric_report import FabricReport, PairResult
 from longhaul.artifacts.line_record_fields import START_UP_PHASES, StepProfile
@@ -120,7 +120,7 @@ def _write_stage(paths: RunPaths) -> None:
     folder = weights.checkpoint(STEP)
     write_json(stage.job_spec, {"weights_root": str(weights.path.parent)})
     write_text(folder / "mp_rank_00_model_states.pt", "weights")
-    entry = {"bytes": 7, "sha256": file_sha256(folder / "mp_rank_00_model_states.pt")}
+    entry = {"bytes": 7, "blake3": file_blake3(folder / "mp_rank_00_model_states.pt")}
     manifest = {"step": STEP, "validation_loss": 1.5, "has_reference_values": False, "weights": "0123"}
     layout = {"world_size": 1, "zero_stage": 1, "offload_optimizer": "none", "parallel": {"tensor": 1}}
     write_json(folder / "manifest.json", {**manifest, **layout, "files": {"mp_rank_00_model_states.pt": entry}})

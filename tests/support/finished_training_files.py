@@ -13,7 +13,7 @@ from longhaul.artifacts.artifact_schemas import (
     Split,
     TokenizerManifest,
 )
-from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, write_json, write_text
 from longhaul.artifacts.job_state import utc_now
 from longhaul.artifacts.line_records import append_record
 from longhaul.artifacts.paths import JobId, WeightsFolder
@@ -59,7 +59,7 @@ def train(plan: Plan, stage: str, steps: int) -> Path:
 
 def _write_checkpoint(folder: Path, content: str) -> None:
     write_text(folder / "x.pt", content)
-    files = {"x.pt": {"bytes": len(content), "sha256": file_sha256(folder / "x.pt")}}
+    files = {"x.pt": {"bytes": len(content), "blake3": file_blake3(folder / "x.pt")}}
     layout = {"world_size": 1, "zero_stage": 1, "offload_optimizer": "none", "parallel": {"tensor": 1}}
     step = int(folder.name.removeprefix("step-"))
     state = {"step": step, "validation_loss": None, "has_reference_values": True}

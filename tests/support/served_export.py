@@ -9,7 +9,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from longhaul.artifacts.artifact_schemas import Export, GeneratedSample
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
 
 PROMPTS = ("to be or", "not to be", "that is the")
@@ -94,7 +94,7 @@ def _write_checkpoint(
     (reference / "logits.json").write_text(json.dumps(computed))
     (reference / "prompts.json").write_text(json.dumps({"split": "validation", "input_ids": sample_ids}))
     files = {
-        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "blake3": file_blake3(path)}
         for path in reference.iterdir()
     }
     manifest = {

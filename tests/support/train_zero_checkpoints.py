@@ -14,6 +14,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from blake3 import blake3
+
 STEPS = 2
 TAG = "step-00000002"
 
@@ -215,7 +217,7 @@ def write_manifest(folder: Path) -> str:
     files = {
         str(path.relative_to(folder)): {
             "bytes": path.stat().st_size,
-            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "blake3": blake3(path.read_bytes()).hexdigest(),
         }
         for path in paths
     }

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import file_blake3
 
 
 def put_payload(path: Path, marker: Path) -> None:
@@ -38,6 +38,6 @@ def adjust_manifest(folder: Path, paths: Iterable[Path]) -> None:
     """Write the present sizes and hashes of these files into the manifest, as an attacker would."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for path in paths:
-        entry = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        entry = {"bytes": path.stat().st_size, "blake3": file_blake3(path)}
         manifest["files"][str(path.relative_to(folder))] = entry
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))

@@ -40,7 +40,7 @@ def test_verify_names_damaged_files(finished: PipelineRun, tmp_path: Path):
     merges.write_text(merges.read_text() + " ")
     damaged = verify(folder)
     assert damaged.returncode == 1 and damaged.stdout.endswith(" folders, 4 damaged\n"), damaged.stdout + damaged.stderr
-    assert f"{optimizer.name} does not have the SHA-256 of the manifest" in damaged.stdout
-    assert "tokenizer.json does not have the SHA-256 of the manifest" in damaged.stdout
-    assert f"{shard.name} does not have the SHA-256 of the manifest" in damaged.stdout
+    assert f"{optimizer.name} does not have the hash of the manifest" in damaged.stdout
+    assert "tokenizer.json does not have the hash of the manifest" in damaged.stdout
+    assert f"{shard.name} does not have the hash of the manifest" in damaged.stdout
     assert "config.json cannot be read: No such file or directory" in damaged.stdout

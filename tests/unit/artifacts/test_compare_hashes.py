@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from longhaul.artifacts.artifact_schemas import DataManifest, TokenizerManifest
-from longhaul.artifacts.atomic_files import file_sha256, write_json, write_text
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, write_json, write_text
 from longhaul.artifacts.compare_hashes import dataset_files, read_tokenizer, wrong_files
 from longhaul.errors import UserError
 
@@ -35,7 +36,7 @@ def tokenizer(tmp_path: Path) -> Path:
 def test_an_altered_tokenizer_is_not_used(tokenizer: Path, name: str):
     manifest = read_tokenizer(tokenizer)
     flip(Path(manifest.path) / name)
-    with pytest.raises(UserError, match=f"{name} does not have the SHA-256 that was recorded") as refused:
+    with pytest.raises(UserError, match=f"{name} does not have the hash that was recorded") as refused:
         read_tokenizer(tokenizer)
     assert f"rm {tokenizer}" in refused.value.hint
     (Path(manifest.path) / name).unlink()
@@ -76,7 +77,7 @@ def test_every_file_of_a_mixture_is_compared(tmp_path: Path):
     for path in files:
         kept = path.read_bytes()
         flip(path)
-        assert list(wrong_files(files)) == [f"{path} does not have the SHA-256 that was recorded when it was written"]
+        assert list(wrong_files(files)) == [f"{path} does not have the hash that was recorded when it was written"]
         path.write_bytes(kept)
 
 
@@ -92,3 +93,20 @@ def test_manifest_without_files_is_refused(tmp_path: Path):
     write_json(tmp_path / "t.json", {**header, **fields, "has_chat_template": True})
     with pytest.raises(UserError, match="`files` is missing"):
         read_tokenizer(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("file_hash", "of_abc"),
+    [
+        (file_sha256, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"),
+        (file_blake3, "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"),
+    ],
+)
+def test_hashes_are_those_of_the_standard_programs(tmp_path: Path, file_hash: Callable[[Path], str], of_abc: str):
+    path = tmp_path / "file"
+    path.write_text("abc")
+    assert list(wrong_files({path: of_abc}, file_hash)) == []
+    path.write_text("abd")
+    assert list(wrong_files({path: of_abc}, file_hash)) == [
+        f"{path} does not have the hash that was recorded when it was written"
+    ]

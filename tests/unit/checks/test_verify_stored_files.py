@@ -70,7 +70,7 @@ def test_one_altered_bit_is_found(name: str, run: RunPaths):
     data[0] ^= 1
     path.write_bytes(data)
     (damage,) = [row.damage for row in verify(run) if row.damage]
-    assert damage.endswith(f"{path.name} does not have the SHA-256 of the manifest")
+    assert damage.endswith(f"{path.name} does not have the hash of the manifest")
     path.unlink()
     (damage,) = [row.damage for row in verify(run) if row.damage]
     assert path.name in damage
@@ -91,7 +91,7 @@ def test_another_checkpoint_in_the_place_of_the_stated_one_is_found(run: RunPath
     manifest = weights_of(run).checkpoint(STEP) / "manifest.json"
     manifest.write_text(manifest.read_text().replace("1.5", "1.25"))
     (damage,) = [row.damage for row in verify(run) if row.damage]
-    assert damage.endswith("manifest.json does not have the SHA-256 of the manifest")
+    assert damage.endswith("manifest.json does not have the hash of the manifest")
 
 
 ARTIFACTS: dict[str, Callable[[RunPaths], Path]] = {

@@ -101,7 +101,7 @@ def test_altered_reference_values_are_refused_until_they_are_restored(manifest: 
     logits = Path(Export.read(manifest).checkpoint) / "reference" / "logits.json"
     written = logits.read_text()
     logits.write_text(written.replace("fp32", "bf16"))
-    with pytest.raises(UserError, match="does not have the SHA-256 that was recorded") as refused:
+    with pytest.raises(UserError, match="does not have the hash that was recorded") as refused:
         run(job_of(manifest))
     assert refused.value.hint == "restore the checkpoint's files, or train and export the stage again"
     logits.write_text(written)

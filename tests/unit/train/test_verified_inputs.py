@@ -5,17 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from longhaul.artifacts import compare_hashes
 from longhaul.artifacts.artifact_schemas import DataManifest
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256
+from longhaul.artifacts.compare_hashes import FileHashes, wrong_files
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.errors import UserError
+from longhaul.train import verified_inputs
 from longhaul.train.checkpoint.weights_identity import StartingCheckpoint
 from longhaul.train.verified_inputs import own_part, verify_data, verify_start
 from tests.support.finished_run_files import DATASET, STAGE, STEP, write_finished_run
@@ -44,7 +46,7 @@ def test_altered_shard_is_refused_with_the_files_to_delete(run: RunPaths, weight
     verify_data(job, data, weights, ALONE)
     shard = run.shards(DATASET) / "a" / "0.bin"
     shard.write_text("tokenz")
-    with pytest.raises(UserError, match=f"dataset prose: {shard} does not have the SHA-256") as refused:
+    with pytest.raises(UserError, match=f"dataset prose: {shard} does not have the hash") as refused:
         verify_data(job, data, weights, ALONE)
     assert f"rm -r {shard.parent} {run.manifest(DATASET)};" in refused.value.hint
     mixture: Any = [{"weight": 1, "manifest": dataclasses.asdict(data)}]
@@ -61,11 +63,11 @@ def test_later_attempts_hash_only_what_changed(
     data = DataManifest.read(run.manifest(DATASET))
     read: list[Path] = []
 
-    def counted(path: Path) -> str:
-        read.append(path)
-        return file_sha256(path)
+    def counted(files: FileHashes, file_hash: Callable[[Path], str]) -> Iterator[str]:
+        read.extend(files)
+        return wrong_files(files, file_hash)
 
-    monkeypatch.setattr(compare_hashes, "file_sha256", counted)
+    monkeypatch.setattr(verified_inputs, "wrong_files", counted)
     for _ in range(2):
         verify_data(job, data, weights, ALONE)
     shard = run.shards(DATASET) / "a" / "0.bin"
@@ -73,9 +75,9 @@ def test_later_attempts_hash_only_what_changed(
     times = shard.stat()
     shard.write_text("tokenz")  # of the same size
     os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
-    with pytest.raises(UserError, match="does not have the SHA-256"):
+    with pytest.raises(UserError, match="does not have the hash"):
         verify_data(job, data, weights, ALONE)
-    with pytest.raises(UserError, match="does not have the SHA-256"):  # what was refused is not recorded
+    with pytest.raises(UserError, match="does not have the hash"):  # what was refused is not recorded
         verify_data(job, data, weights, ALONE)
     shard.write_text("tokens")
     verify_data(job, data, weights, ALONE)
@@ -122,13 +124,13 @@ def test_altered_start_is_refused_until_it_is_restored(run: RunPaths):
     weights = folder / "mp_rank_00_model_states.pt"
     trained = weights.read_text()
     weights.write_text("weightz")
-    with pytest.raises(UserError, match=f"{weights} does not have the SHA-256"):
+    with pytest.raises(UserError, match=f"{weights} does not have the hash"):
         verify_start(start, ALONE)
     weights.write_text(trained)
     verify_start(start, ALONE)
     weights.write_text("weightz")
     fields = json.loads(manifest.read_text())
-    fields["files"][weights.name]["sha256"] = file_sha256(weights)
+    fields["files"][weights.name]["blake3"] = file_blake3(weights)
     manifest.write_text(json.dumps(fields))
     with pytest.raises(UserError, match=r"manifest\.json is missing or is not the one that"):
         verify_start(start, ALONE)

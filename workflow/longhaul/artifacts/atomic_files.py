@@ -1,4 +1,4 @@
-"""Writes files atomically (temporary file, fsync, rename), hashes them with SHA-256, reads JSON, and turns a full disk into
+"""Writes files atomically (temporary file, fsync, rename), hashes them (SHA-256, BLAKE3), reads JSON, and turns a full disk into
 DiskFull.
 
 Every arrow between two rules is one small JSON file. It refers to big data by path, size and hash. A file that is an input
@@ -14,10 +14,12 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from longhaul.errors import DISK_FULL_ERRNOS, DiskFull, UserError
 
@@ -44,9 +46,24 @@ def file_sha256(path: Path) -> str:
     Raises:
         UserError: it is a pipe or a device, which may never end.
     """
+    return _file_hash(path, hashlib.sha256)
+
+
+def file_blake3(path: Path) -> str:
+    """Return the BLAKE3 hash of a file's bytes as hex digits, as b3sum does; the file is read in blocks.
+
+    Files of checkpoints have it: it takes less than a third of the time of SHA-256.
+
+    Raises:
+        UserError: it is a pipe or a device, which may never end.
+    """
+    return _file_hash(path, blake3)
+
+
+def _file_hash(path: Path, algorithm: Callable[[], Any]) -> str:
     require_regular(path)
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, algorithm).hexdigest()
 
 
 @contextmanager

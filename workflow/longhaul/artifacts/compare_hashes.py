@@ -1,10 +1,10 @@
-"""Compares files with the SHA-256 in their manifest, for verified_inputs.py (training) and other jobs; reads a verified
+"""Compares files with the hashes in their manifest, for verified_inputs.py (training) and other jobs; reads a verified
 tokenizer or export.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,27 +12,29 @@ from longhaul.artifacts.artifact_schemas import DataManifest, Export, TokenizerM
 from longhaul.artifacts.atomic_files import file_sha256
 from longhaul.errors import UserError
 
-_THREADS = 8  # SHA-256 runs without Python's lock, and several reads at once keep a parallel file system busy
+_THREADS = 8  # hashes are computed without Python's lock, and several reads at once keep a parallel file system busy
 
 FileHashes = Mapping[Path, str]
-"""File -> recorded SHA-256."""
+"""File -> recorded hash."""
 
 
-def wrong_files(files: FileHashes) -> Iterator[str]:
-    """Yield what is wrong with each file that cannot be read or has another SHA-256; files are read in parallel."""
+def wrong_files(files: FileHashes, file_hash: Callable[[Path], str] = file_sha256) -> Iterator[str]:
+    """Yield what is wrong with each file that cannot be read or has another hash; files are read in parallel.
+
+    file_hash: file_blake3 for files of a checkpoint
+    """
     with ThreadPoolExecutor(_THREADS) as pool:
-        yield from filter(None, pool.map(_problem, files.items()))
+        yield from filter(None, pool.map(lambda path: _problem(path, files[path], file_hash), files))
 
 
-def _problem(entry: tuple[Path, str]) -> str:
-    path, recorded = entry
+def _problem(path: Path, recorded: str, file_hash: Callable[[Path], str]) -> str:
     try:
-        found = file_sha256(path)
+        found = file_hash(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     except UserError as error:
         return error.message
-    return "" if found == recorded else f"{path} does not have the SHA-256 that was recorded when it was written"
+    return "" if found == recorded else f"{path} does not have the hash that was recorded when it was written"
 
 
 def read_tokenizer(path: Path) -> TokenizerManifest:

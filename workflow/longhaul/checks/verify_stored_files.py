@@ -154,7 +154,7 @@ def _verify_files(name: str, folder: Path, files: Mapping[str, str], pool: Threa
     def damage(entry: tuple[str, str]) -> str:
         file, sha256 = entry
         try:
-            return "" if file_sha256(folder / file) == sha256 else f"{file} does not have the SHA-256 of the manifest"
+            return "" if file_sha256(folder / file) == sha256 else f"{file} does not have the hash of the manifest"
         except (OSError, ValueError) as error:  # ValueError: a name with a null byte
             return f"{file} cannot be read: {getattr(error, 'strerror', error)}"
         except UserError as error:

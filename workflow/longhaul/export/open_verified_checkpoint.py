@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, TokenizerManifest
-from longhaul.artifacts.atomic_files import file_sha256, read_json
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, read_json
 from longhaul.artifacts.compare_hashes import read_tokenizer, wrong_files
 from longhaul.artifacts.paths import WeightsFolder
 from longhaul.config.field_types import HuggingFaceConfig
@@ -87,11 +87,12 @@ def _verify_files(folder: Path, manifest_sha256: str) -> None:
     for name, stated in files.items():
         _verify_size(folder / name, stated["bytes"])
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = dict(zip(files, pool.map(lambda name: file_sha256(folder / name), files), strict=True))
+        hashes = dict(zip(files, pool.map(lambda name: file_blake3(folder / name), files), strict=True))
     for name, stated in files.items():
-        if hashes[name] != stated["sha256"]:
+        if hashes[name] != stated["blake3"]:
             raise UserError(
-                f"{folder / name} has SHA-256 {hashes[name]}, but its manifest states {stated['sha256']}", ALTERED_HINT
+                f"{folder / name} has the BLAKE3 hash {hashes[name]}, but its manifest states {stated['blake3']}",
+                ALTERED_HINT,
             )
 
 

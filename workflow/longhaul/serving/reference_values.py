@@ -9,7 +9,7 @@ import numpy as np
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Export
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256
 from longhaul.artifacts.compare_hashes import wrong_files
 from longhaul.artifacts.reference_files import COMPUTED_WITH, LOGITS, PROMPTS
 from longhaul.artifacts.typed_json import read_typed_json
@@ -85,9 +85,9 @@ def _verify(checkpoint: Path, folder: Path, export: Export) -> None:
         raise UserError(f"{manifest} is not the manifest of the checkpoint that {export.path} was exported from", _HINT)
     recorded = read_manifest(checkpoint)["files"]
     files = {
-        checkpoint / name: entry["sha256"] for name, entry in recorded.items() if (checkpoint / name).parent == folder
+        checkpoint / name: entry["blake3"] for name, entry in recorded.items() if (checkpoint / name).parent == folder
     }
-    if problem := next(wrong_files(files), None):
+    if problem := next(wrong_files(files, file_blake3), None):
         raise UserError(problem, _HINT)
 
 

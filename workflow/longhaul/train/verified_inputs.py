@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from longhaul.artifacts.artifact_schemas import DataManifest
-from longhaul.artifacts.atomic_files import file_sha256, write_text
+from longhaul.artifacts.atomic_files import file_blake3, file_sha256, write_text
 from longhaul.artifacts.compare_hashes import FileHashes, damaged_data, dataset_files, wrong_files
 from longhaul.artifacts.pack_totals import delete_packs_hint, recorded_packs
 from longhaul.artifacts.paths import WeightsFolder
@@ -65,8 +66,8 @@ def verify_start(start: StartingCheckpoint, context: DistributedContext) -> None
         raise UserError(
             f"{manifest} is missing or is not the one that the earlier stage's checkpoint.json states", hint
         )
-    files = {start.folder / name: entry["sha256"] for name, entry in read_manifest(start.folder)["files"].items()}
-    if problem := _first_problem(files, context):
+    files = {start.folder / name: entry["blake3"] for name, entry in read_manifest(start.folder)["files"].items()}
+    if problem := _first_problem(files, context, file_blake3):
         raise UserError(problem, hint)
 
 
@@ -85,8 +86,10 @@ def _file_state(path: Path, sha256: str) -> int:
     return int.from_bytes(hashlib.sha256(facts.encode()).digest(), "big")
 
 
-def _first_problem(files: FileHashes, context: DistributedContext) -> str | None:
-    found = context.gather(list(wrong_files(dict(own_part(files, context)))))
+def _first_problem(
+    files: FileHashes, context: DistributedContext, file_hash: Callable[[Path], str] = file_sha256
+) -> str | None:
+    found = context.gather(list(wrong_files(dict(own_part(files, context)), file_hash)))
     return next((problem for part in found for problem in part), None)
 
 

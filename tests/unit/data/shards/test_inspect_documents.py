@@ -112,7 +112,7 @@ def test_altered_tokens_are_refused(tokenizer_folder: Path, tmp_path: Path, caps
     path.write_bytes(data)
     assert inspect(manifest, tmp_path, tokenizer_folder) == 2
     shown = capsys.readouterr()
-    assert f"{path} does not have the SHA-256 that was recorded" in shown.err and not shown.out
+    assert f"{path} does not have the hash that was recorded" in shown.err and not shown.out
     assert "remedy: delete the folder" in shown.err
 
 

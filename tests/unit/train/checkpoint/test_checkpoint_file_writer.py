@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +11,7 @@ from typing import IO, cast
 
 import pytest
 import torch
+from blake3 import blake3
 
 from longhaul.train.checkpoint import checkpoint_file_writer
 from longhaul.train.checkpoint.checkpoint_file_writer import HashedFile, WriterThreads
@@ -34,7 +34,7 @@ def test_a_file_of_many_parts_is_complete_and_has_its_hash(threads: WriterThread
     torch.save(values, cast(IO[bytes], file))
     file.close()
     found = (tmp_path / "file.pt").read_bytes()
-    assert file.manifest_entry() == {"bytes": len(found), "sha256": hashlib.sha256(found).hexdigest()}
+    assert file.manifest_entry() == {"bytes": len(found), "blake3": blake3(found).hexdigest()}
     loaded = torch.load(tmp_path / "file.pt", weights_only=True)
     assert torch.equal(loaded["large"], values["large"]) and loaded["text"] == values["text"]
 

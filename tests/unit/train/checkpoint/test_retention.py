@@ -14,7 +14,7 @@ from longhaul.jobs.job_kind import job_spec
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_folders import complete_checkpoints, step_folder
 from longhaul.train.checkpoint.retention import last_and_best, remove_old_checkpoints
-from tests.support.checkpoint_manifest import ANY_SHA256, manifest_fields
+from tests.support.checkpoint_manifest import ANY_HASH, manifest_fields
 from tests.support.small_configs import plan_of
 
 LOSSES = {10: 3.0, 20: 1.0, 30: 2.0, 40: None, 50: 1.0, 60: 4.0}
@@ -36,7 +36,7 @@ def write_checkpoints(folder: Path, losses: dict[int, float | None] = LOSSES) ->
         checkpoint = step_folder(weights, step)
         checkpoint.mkdir(parents=True)
         (checkpoint / "training_state.json").write_text("{}")
-        files = {"training_state.json": {"bytes": 2, "sha256": ANY_SHA256}}
+        files = {"training_state.json": {"bytes": 2, "blake3": ANY_HASH}}
         (checkpoint / "manifest.json").write_text(json.dumps(manifest_fields(files, step=step, validation_loss=loss)))
     return weights
 
@@ -88,7 +88,7 @@ def test_nothing_is_removed_while_a_reference_cannot_be_read(
     tmp_path: Path, reference: str, capsys: pytest.CaptureFixture[str]
 ):
     weights = write_checkpoints(tmp_path)
-    path = write_reference(tmp_path, reference, ANY_SHA256)
+    path = write_reference(tmp_path, reference, ANY_HASH)
     complete = path.read_bytes()
     path.write_bytes(complete[:-20])
     remove_old_checkpoints(weights, planned_job(tmp_path, keep_last=1, keep_best=0))

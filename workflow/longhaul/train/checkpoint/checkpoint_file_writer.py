@@ -4,14 +4,15 @@ once. An error of the file system ends no thread: it is kept.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from blake3 import blake3
 from typing_extensions import Buffer
 
 _FILES_AT_ONCE = 4
@@ -48,8 +49,8 @@ class HashedFile:
         self.path, self.bytes = path, 0
         self.error: OSError | None = None
         self._threads, self._is_kept = threads, is_kept
-        self._hash, self._hasher = hashlib.sha256(), ThreadPoolExecutor(1, "save-hash")
-        self._pending: list[Future[None]] = []
+        self._hash, self._hasher = blake3(), ThreadPoolExecutor(1, "save-hash")
+        self._pending: list[Future[Any]] = []
         self._handle = -1
         self._unless_failed(self._open)
 
@@ -123,4 +124,4 @@ class HashedFile:
 
     def manifest_entry(self) -> dict[str, object]:
         """Return the closed file's entry in a manifest."""
-        return {"bytes": self.bytes, "sha256": self._hash.hexdigest()}
+        return {"bytes": self.bytes, "blake3": self._hash.hexdigest()}

@@ -1,6 +1,6 @@
 """States of a checkpoint folder on disk (complete, .partial, .corrupt): manifest.json, publishing, removal of interrupted saves.
 
-<weights>/checkpoints/step-00000100/            a complete checkpoint: manifest.json lists every file with size and SHA-256
+<weights>/checkpoints/step-00000100/            a complete checkpoint: manifest.json lists every file with size and BLAKE3 hash
                       step-00000100.partial/    a save that runs, or that was interrupted
                       step-00000100.removed/    a checkpoint that is being removed
                       step-00000100.corrupt/    a damaged checkpoint; longhaul never removes it
@@ -25,10 +25,10 @@ from pydantic import ConfigDict, FiniteFloat
 from typing_extensions import TypedDict
 
 from longhaul.artifacts.artifact_schemas import Checkpoint, Count, Export
-from longhaul.artifacts.atomic_files import file_sha256
+from longhaul.artifacts.atomic_files import file_blake3
 from longhaul.artifacts.paths import WeightsFolder, run_of
 from longhaul.artifacts.shared_file_system import exists_on_server, refresh_listing
-from longhaul.artifacts.typed_json import Sha256, read_typed_json
+from longhaul.artifacts.typed_json import Blake3, read_typed_json
 from longhaul.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -43,7 +43,7 @@ class ManifestFile(TypedDict):
     """One file of a checkpoint."""
 
     bytes: Count
-    sha256: Sha256
+    blake3: Blake3
 
 
 class CheckpointManifest(TypedDict):
@@ -137,12 +137,12 @@ def _size(path: Path, manifest_bytes: int) -> int:
 
 
 def wrong_hashes(folder: Path, files: Iterable[tuple[str, ManifestFile]]) -> Iterator[str]:
-    """Yield what is wrong with each of the given manifest entries whose file cannot be read or has another SHA-256."""
+    """Yield what is wrong with each of the given manifest entries whose file cannot be read or has another hash."""
     refresh_listing(folder)  # another rank may have renamed it a moment ago
     for name, entry in files:
         try:
-            if file_sha256(folder / name) != entry["sha256"]:
-                yield f"{name} does not have the SHA-256 of the manifest"
+            if file_blake3(folder / name) != entry["blake3"]:
+                yield f"{name} does not have the hash of the manifest"
         except OSError as error:
             yield f"{name} cannot be read: {error}"
         except UserError as error:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from longhaul.artifacts.atomic_files import file_sha256, write_json
+from longhaul.artifacts.atomic_files import file_blake3, write_json
 from longhaul.artifacts.shared_file_system import refresh_listing
 from longhaul.compat.deepspeed import Engine, save_without_recovery_script
 from longhaul.compat.deepspeed_optimizer_states import mapped_optimizer_states
@@ -217,4 +217,4 @@ def _save_engine(engine: Engine, folder: Path, writer: RankFiles) -> None:
 
 def _manifest_entry(path: Path) -> dict[str, object]:
     fsync(path)
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+    return {"bytes": path.stat().st_size, "blake3": file_blake3(path)}
