@@ -90,7 +90,7 @@ def _raw(folder: Path, size: int) -> Times:
 
 
 def _one_thread(folder: Path, files: dict[str, Any]) -> Times:
-    """Hash and write one file after the other, as the trainer did before saves were asynchronous."""
+    """Hash and write one file after the other, as a synchronous save with one thread does."""
     started = time.perf_counter()
     for name, values in files.items():
         with (folder / name).open("wb", buffering=0) as stream:

@@ -52,7 +52,7 @@ def file_sha256(path: Path) -> str:
 def file_blake3(path: Path) -> str:
     """Return the BLAKE3 hash of a file's bytes as hex digits, as b3sum does; the file is read in blocks.
 
-    Files of checkpoints have it: it takes less than a third of the time of SHA-256.
+    Files of checkpoints have it, because SHA-256 can be slower than a fast disk.
 
     Raises:
         UserError: it is a pipe or a device, which may never end.

@@ -25,7 +25,7 @@ HostName = Annotated[str, Field(pattern=f"^{_HOST_NAME}$")]
 """A node's name. No character of it has a meaning for a shell, and it is no option."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Blake3 = Sha256
-"""BLAKE3 hashes are as long as SHA-256."""
+"""A BLAKE3 hash has as many digits as a SHA-256."""
 
 
 def is_host_name(value: object) -> bool:
