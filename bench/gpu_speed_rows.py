@@ -8,7 +8,7 @@ from typing import Any
 LOSS_STEPS = {"losses": 200, "curves": 1_000}
 """Group of rows that compare losses -> steps."""
 ON_TWO = " on 2 GPUs"
-_RECORDS = {"8 B" + ON_TWO: "_2_8b", "mixture" + ON_TWO: "_2_mixture"}
+_RECORDS = {"mixture": "_mixture", "8 B" + ON_TWO: "_2_8b", "mixture" + ON_TWO: "_2_mixture"}
 """Groups with records of their own, so that a run of one group erases no other."""
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {
