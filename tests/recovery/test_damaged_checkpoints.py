@@ -61,6 +61,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
+def change_manifest(stage: TrainedStage, key: str, value: object) -> None:
+    path = stage.weights / "checkpoints" / NEWEST / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> TrainedStage:
     folder = tmp_path_factory.mktemp("damaged")
@@ -78,8 +83,7 @@ def resumed(half: TrainedStage) -> tuple[dict[str, TrainedStage], str]:
         shutil.copytree(half.folder, stages[name].folder)
         if name in DAMAGES:
             DAMAGES[name][0](stages[name].weights / "checkpoints" / NEWEST)
-    manifest = stages["other weights"].weights / "checkpoints" / NEWEST / "manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"weights": "0123456789abcdef"}))
+    change_manifest(stages["other weights"], "weights", "0123456789abcdef")
     return stages, train(folder / "shared", *stages.values())
 
 
@@ -103,6 +107,16 @@ def test_doctor_names_a_damaged_checkpoint(resumed: tuple[dict[str, TrainedStage
 def test_a_checkpoint_of_other_weights_is_refused(resumed: tuple[dict[str, TrainedStage], str]):
     stage = resumed[0]["other weights"]
     assert f"{NEWEST} belongs to the weights 0123456789abcdef" in stage.ended
+    assert stage.checkpoints == [BEFORE, NEWEST]
+
+
+def test_a_checkpoint_of_another_release_is_refused(half: TrainedStage, tmp_path: Path):
+    """It is neither used nor renamed, and no earlier one is used in its place."""
+    stage = TrainedStage(tmp_path / "later release", 1)
+    shutil.copytree(half.folder, stage.folder)
+    change_manifest(stage, "schema_version", 1)
+    train(half.folder.parent / "shared", stage)
+    assert f"{NEWEST}/manifest.json has schema version 1, this release of longhaul reads version 2" in stage.ended
     assert stage.checkpoints == [BEFORE, NEWEST]
 
 

@@ -53,7 +53,7 @@ class Mounts:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY / "workflow")},
+            env={**os.environ, "PYTHONPATH": f"{REPOSITORY / 'workflow'}:{REPOSITORY}"},
         )
 
     def run(self, host: str, code: str) -> str:
@@ -164,6 +164,7 @@ SAVE = """
 import json
 from longhaul.artifacts.atomic_files import file_blake3, write_json
 from longhaul.train.checkpoint import checkpoint_folders as folders
+from tests.support.checkpoint_manifest import manifest_fields
 folder = folders.step_folder(here, {step})
 partial = folders.partial_folder(folder)
 (partial / "reference").mkdir(parents=True)
@@ -171,9 +172,7 @@ files = {{}}
 for name in ("optim.pt", "reference/tensors.json"):
     (partial / name).write_text("{text}")
     files[name] = {{"bytes": (partial / name).stat().st_size, "blake3": file_blake3(partial / name)}}
-fields = {{"step": {step}, "validation_loss": None, "has_reference_values": False}}
-layout = {{"world_size": 1, "zero_stage": 0, "offload_optimizer": "none", "parallel": {{}}}}
-write_json(partial / "manifest.json", {{**fields, **layout, "files": files}})
+write_json(partial / "manifest.json", manifest_fields(files, step={step}))
 folders.publish(folder)
 """
 FOUND = """

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from longhaul.train.checkpoint.checkpoint_folders import SCHEMA_VERSION
+
 ANY_HASH = "0" * 64
 
 
 def manifest_fields(files: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
     """Return a complete manifest of `files`: name -> {"bytes", "blake3"}."""
     return {
+        "schema_version": SCHEMA_VERSION,
         "step": 1,
         "validation_loss": None,
         "has_reference_values": False,

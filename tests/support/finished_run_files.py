@@ -25,6 +25,7 @@ from longhaul.artifacts.nccl_tests_report import NcclTestsResult, NcclTestsTimin
 from longhaul.artifacts.paths import RunPaths, WeightsFolder
 from longhaul.artifacts.scale_test_report import ScaleTestReport
 from longhaul.artifacts.task_data_lock import PinnedDataset, TaskDataLock, dataset_request
+from tests.support.checkpoint_manifest import manifest_fields
 from tests.support.serve_check_results import SERVED
 
 HUB_DATA = "org/quiz@5d0e1c7ab0f54c3b8d0e6e1d1c4b9a7f3e2d1c0b"
@@ -121,9 +122,10 @@ def _write_stage(paths: RunPaths) -> None:
     write_json(stage.job_spec, {"weights_root": str(weights.path.parent)})
     write_text(folder / "mp_rank_00_model_states.pt", "weights")
     entry = {"bytes": 7, "blake3": file_blake3(folder / "mp_rank_00_model_states.pt")}
-    manifest = {"step": STEP, "validation_loss": 1.5, "has_reference_values": False, "weights": "0123"}
-    layout = {"world_size": 1, "zero_stage": 1, "offload_optimizer": "none", "parallel": {"tensor": 1}}
-    write_json(folder / "manifest.json", {**manifest, **layout, "files": {"mp_rank_00_model_states.pt": entry}})
+    layout = {"zero_stage": 1, "parallel": {"tensor": 1}}
+    files = {"mp_rank_00_model_states.pt": entry}
+    manifest = manifest_fields(files, step=STEP, validation_loss=1.5, weights="0123", **layout)
+    write_json(folder / "manifest.json", manifest)
     saved = {"step": STEP, "path": f"checkpoints/{folder.name}", "sha256": file_sha256(folder / "manifest.json")}
     checkpoint = {"last": {**saved, "validation_loss": 1.5}}
     write_text(weights.model_config, "{}")

@@ -21,6 +21,7 @@ from longhaul.jobs.job_kind import job_spec, jobs_of
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.planning import Plan
 from longhaul.train.checkpoint.weights_identity import find_starting_checkpoint, weights_folder, weights_identity
+from tests.support.checkpoint_manifest import manifest_fields
 
 SPLIT: Split = {"shards": [], "tokens": 1, "documents": 1, "loss_tokens": 1}
 
@@ -60,7 +61,6 @@ def train(plan: Plan, stage: str, steps: int) -> Path:
 def _write_checkpoint(folder: Path, content: str) -> None:
     write_text(folder / "x.pt", content)
     files = {"x.pt": {"bytes": len(content), "blake3": file_blake3(folder / "x.pt")}}
-    layout = {"world_size": 1, "zero_stage": 1, "offload_optimizer": "none", "parallel": {"tensor": 1}}
     step = int(folder.name.removeprefix("step-"))
-    state = {"step": step, "validation_loss": None, "has_reference_values": True}
-    write_json(folder / "manifest.json", {**state, **layout, "files": files})
+    layout = {"zero_stage": 1, "parallel": {"tensor": 1}}
+    write_json(folder / "manifest.json", manifest_fields(files, step=step, has_reference_values=True, **layout))

@@ -11,6 +11,7 @@ from safetensors.numpy import save_file
 from longhaul.artifacts.artifact_schemas import Export, GeneratedSample
 from longhaul.artifacts.atomic_files import file_blake3, file_sha256
 from longhaul.train.checkpoint.checkpoint_folders import reference_folder
+from tests.support.checkpoint_manifest import manifest_fields
 
 PROMPTS = ("to be or", "not to be", "that is the")
 
@@ -97,14 +98,5 @@ def _write_checkpoint(
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "blake3": file_blake3(path)}
         for path in reference.iterdir()
     }
-    manifest = {
-        "files": files,
-        "step": 2,
-        "validation_loss": None,
-        "has_reference_values": True,
-        "world_size": 1,
-        "zero_stage": 0,
-        "offload_optimizer": "none",
-        "parallel": {},
-    }
+    manifest = manifest_fields(files, step=2, has_reference_values=True)
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))

@@ -16,6 +16,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from tests.support.checkpoint_manifest import manifest_fields
+
 STEPS = 2
 TAG = "step-00000002"
 
@@ -221,10 +223,8 @@ def write_manifest(folder: Path) -> str:
         }
         for path in paths
     }
-    fields = {"step": STEPS, "validation_loss": None, "has_reference_values": True}
-    layout = {"world_size": 1, "zero_stage": 0, "offload_optimizer": "none", "parallel": {}}
     manifest = folder / "manifest.json"
-    manifest.write_text(json.dumps({**fields, **layout, "files": files}))
+    manifest.write_text(json.dumps(manifest_fields(files, step=STEPS, has_reference_values=True)))
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 

@@ -54,7 +54,14 @@ def _train(folder: Path, world_size: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    paths = os.pathsep.join(sys.path)
+    shared = {
+        "PYTHONPATH": paths,
+        "WORLD_SIZE": world_size,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     processes, logs = [], []
     for rank in range(world_size):
         logs.append(folder / f"rank-{rank}-of-{world_size}.log")

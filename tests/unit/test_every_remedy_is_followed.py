@@ -32,6 +32,10 @@ FOLLOWED_ELSEWHERE = {
     "the folder was copied or edited: move it away, and the stage is trained in its place": (
         "unit/train/checkpoint/test_weights_folder.py::test_edited_identity_is_refused_until_the_folder_is_moved_away"
     ),
+    "finish the run with the release that saved it, or change `run` in the config": (
+        "unit/report/test_planned_changes.py::"
+        "test_checkpoint_of_another_release_is_refused_until_the_run_has_another_name"
+    ),
     "restore the file, or move its weights folder away": (
         "unit/train/checkpoint/test_retention.py::test_nothing_is_removed_while_a_reference_cannot_be_read"
     ),

@@ -94,6 +94,13 @@ def test_another_checkpoint_in_the_place_of_the_stated_one_is_found(run: RunPath
     assert damage.endswith("manifest.json does not have the hash of the manifest")
 
 
+def test_a_checkpoint_of_another_release_is_a_row_of_the_result(run: RunPaths):
+    manifest = weights_of(run).checkpoint(STEP) / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"schema_version": 2', '"schema_version": 3'))
+    damages = [row.damage for row in verify(run) if row.damage]
+    assert f"{manifest} has schema version 3, this release of longhaul reads version 2" in damages
+
+
 ARTIFACTS: dict[str, Callable[[RunPaths], Path]] = {
     "tokenizer.json": lambda run: run.tokenizer,
     "data manifest": lambda run: run.manifest(DATASET),

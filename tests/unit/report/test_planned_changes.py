@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -128,6 +130,21 @@ def test_more_steps_under_a_decaying_schedule_are_refused_until_the_remedy_is_fo
     assert changes_of(folder, {"stages.0.steps": 10})[0].action == KEPT
     again = changes_of(folder, {"stages.0.steps": 20, "stages.0.restart": True})[0]
     assert again.action == AGAIN and set(again.reasons) == {"restart False → True", "steps 10 → 20"}
+
+
+def test_checkpoint_of_another_release_is_refused_until_the_run_has_another_name(folder: Path) -> None:
+    """It is not taken for a damaged one: then days of training would start again."""
+    weights = changes_of(folder)[0].present
+    assert weights
+    (manifest,) = WeightsFolder(weights).checkpoints.glob("*/manifest.json")
+    fields = json.loads(manifest.read_text())
+    del fields["schema_version"]
+    manifest.write_text(json.dumps(fields))
+    refusal = f"{manifest} has schema version 1, this release of longhaul reads version 2"
+    with pytest.raises(InputError, match=re.escape(refusal)) as caught:
+        changes_of(folder)
+    assert "finish the run with the release that saved it, or change `run` in the config" in caught.value.hint
+    assert actions(changes_of(folder, {"run": "again"})) == [TRAINS, TRAINS] and manifest.exists()
 
 
 def test_start_from_a_missing_best_checkpoint_is_refused_until_it_is_the_last_one(folder: Path) -> None:

@@ -66,7 +66,7 @@ def _results_of_stage(plan: Plan, name: str, pool: ThreadPoolExecutor) -> Iterat
     paths = plan.paths
     yield from _if_there(name, paths.stage(name).checkpoint, lambda path: _verify_stage(path, pool))
     for folder in _checkpoints(plan.weights_root(name)):
-        yield _verify_checkpoint(name, folder, pool)
+        yield from _if_there(name, folder, lambda path: _verify_checkpoint(name, path, pool))
     for weights in sorted(plan.weights_root(name).glob("*")):
         yield from _if_there(name, WeightsFolder(weights).samples, lambda path: _verify_packs(name, path, pool))
     for lock in paths.task_data_locks(name):

@@ -29,10 +29,13 @@ from longhaul.artifacts.atomic_files import file_blake3
 from longhaul.artifacts.paths import WeightsFolder, run_of
 from longhaul.artifacts.shared_file_system import exists_on_server, refresh_listing
 from longhaul.artifacts.typed_json import Blake3, read_typed_json
-from longhaul.errors import UserError
+from longhaul.errors import InputError, UserError
 
 MANIFEST = "manifest.json"
+SCHEMA_VERSION = 2
+"""Version of manifest.json. Manifests of version 1 hold SHA-256 hashes and no version."""
 _STEP = re.compile(r"step-(\d{8})")
+_USE_ANOTHER = "use another checkpoint"
 _RESTORE = "restore the file, or move its weights folder away"
 MOVE_AWAY = "the folder was copied or edited: move it away, and the stage is trained in its place"
 """The remedy for a weights folder that holds other weights than its name says."""
@@ -46,9 +49,16 @@ class ManifestFile(TypedDict):
     blake3: Blake3
 
 
+class _ManifestVersion(TypedDict):
+    """The key by which releases tell their manifests from those of others."""
+
+    schema_version: NotRequired[Count]
+
+
 class CheckpointManifest(TypedDict):
     """manifest.json of a checkpoint. files: name in the folder -> size and hash."""
 
+    schema_version: Count
     files: dict[str, ManifestFile]
     step: Count
     validation_loss: float | None
@@ -70,13 +80,24 @@ class WeightsIdentity(TypedDict):
     epochs: NotRequired[FiniteFloat]
 
 
+class OtherReleaseError(InputError):
+    """Another release saved a checkpoint. It is not damaged, but this release cannot read it."""
+
+
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a checkpoint's manifest.json.
 
     Raises:
+        OtherReleaseError: it has another schema version.
         UserError: it is missing or invalid.
     """
-    return read_typed_json(folder / MANIFEST, CheckpointManifest, "use another checkpoint")
+    path = folder / MANIFEST
+    if (found := read_typed_json(path, _ManifestVersion, _USE_ANOTHER).get("schema_version", 1)) != SCHEMA_VERSION:
+        raise OtherReleaseError(
+            f"{path} has schema version {found}, this release of longhaul reads version {SCHEMA_VERSION}",
+            "finish the run with the release that saved it, or change `run` in the config: then all stages are trained again",
+        )
+    return read_typed_json(path, CheckpointManifest, _USE_ANOTHER)
 
 
 def step_folder(weights: Path, step: int) -> Path:
@@ -101,12 +122,20 @@ def step_folders(weights: Path) -> dict[int, Path]:
 
 
 def complete_checkpoints(weights: Path) -> dict[int, Path]:
-    """Return step -> folder of every checkpoint that has a manifest and whose files have the sizes listed there."""
+    """Return step -> folder of every checkpoint that has a manifest and whose files have the sizes listed there.
+
+    Raises:
+        OtherReleaseError: another release saved a checkpoint.
+    """
     return {step: folder for step, folder in step_folders(weights).items() if wrong_sizes(folder) is None}
 
 
 def wrong_sizes(folder: Path) -> str | None:
-    """Return what is wrong with the first file that is missing or has a size other than the manifest's; None if all are right."""
+    """Return what is wrong with the first file that is missing or has a size other than the manifest's; None if all are right.
+
+    Raises:
+        OtherReleaseError: another release saved the checkpoint.
+    """
     try:
         refresh_listing(folder)
         for name, entry in read_manifest(folder)["files"].items():
@@ -114,6 +143,8 @@ def wrong_sizes(folder: Path) -> str | None:
                 return f"{name} has {found} bytes, the manifest says {entry['bytes']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).relative_to(folder)} is missing"
+    except OtherReleaseError:
+        raise
     except UserError as error:
         is_missing = not (folder / MANIFEST).exists()
         return f"{MANIFEST} is missing" if is_missing else f"{MANIFEST} cannot be read: {error.message}"

@@ -23,7 +23,14 @@ from longhaul.compat.deepspeed_optimizer_states import mapped_optimizer_states
 from longhaul.errors import DiskFull, UserError
 from longhaul.jobs.kinds.train_job import TrainSpec
 from longhaul.train.checkpoint.checkpoint_file_writer import WriterThreads
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, fsync, partial_folder, publish, step_folder
+from longhaul.train.checkpoint.checkpoint_folders import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    fsync,
+    partial_folder,
+    publish,
+    step_folder,
+)
 from longhaul.train.checkpoint.extra_rank_state import rank_state, rank_state_file
 from longhaul.train.checkpoint.host_snapshot import HostMemory
 from longhaul.train.checkpoint.load_checkpoint import TRAINING_STATE
@@ -152,6 +159,7 @@ class CheckpointSave:
                     entries[self._name(path)] = _manifest_entry(path)
             layout = planned_layout(self._job)
             manifest = {
+                "schema_version": SCHEMA_VERSION,
                 **self._manifest,
                 "weights": self._weights.name,
                 **layout,
