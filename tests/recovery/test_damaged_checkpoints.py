@@ -114,9 +114,9 @@ def test_a_checkpoint_of_another_release_is_refused(half: TrainedStage, tmp_path
     """It is neither used nor renamed, and no earlier one is used in its place."""
     stage = TrainedStage(tmp_path / "later release", 1)
     shutil.copytree(half.folder, stage.folder)
-    change_manifest(stage, "schema_version", 1)
+    change_manifest(stage, "schema_version", 3)
     train(half.folder.parent / "shared", stage)
-    assert f"{NEWEST}/manifest.json has schema version 1, this release of longhaul reads version 2" in stage.ended
+    assert f"{NEWEST}/manifest.json has schema version 3, this release of longhaul reads version 2" in stage.ended
     assert stage.checkpoints == [BEFORE, NEWEST]
 
 

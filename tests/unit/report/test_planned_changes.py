@@ -137,12 +137,11 @@ def test_checkpoint_of_another_release_is_refused_until_the_run_has_another_name
     weights = changes_of(folder)[0].present
     assert weights
     (manifest,) = WeightsFolder(weights).checkpoints.glob("*/manifest.json")
-    fields = json.loads(manifest.read_text())
-    del fields["schema_version"]
-    manifest.write_text(json.dumps(fields))
-    refusal = f"{manifest} has schema version 1, this release of longhaul reads version 2"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"schema_version": 3}))
+    refusal = f"{manifest} has schema version 3, this release of longhaul reads version 2"
     with pytest.raises(InputError, match=re.escape(refusal)) as caught:
         changes_of(folder)
+    assert caught.value.exit_code == 2 and caught.value.failure_class == "environment"
     assert "finish the run with the release that saved it, or change `run` in the config" in caught.value.hint
     assert actions(changes_of(folder, {"run": "again"})) == [TRAINS, TRAINS] and manifest.exists()
 

@@ -33,7 +33,7 @@ from longhaul.errors import InputError, UserError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
-"""Version of manifest.json. Manifests of version 1 hold SHA-256 hashes and no version."""
+"""Version of manifest.json. Manifests of release 0.2.0 have none."""
 _STEP = re.compile(r"step-(\d{8})")
 _USE_ANOTHER = "use another checkpoint"
 _RESTORE = "restore the file, or move its weights folder away"
@@ -52,7 +52,7 @@ class ManifestFile(TypedDict):
 class _ManifestVersion(TypedDict):
     """The key by which releases tell their manifests from those of others."""
 
-    schema_version: NotRequired[Count]
+    schema_version: Count
 
 
 class CheckpointManifest(TypedDict):
@@ -83,6 +83,8 @@ class WeightsIdentity(TypedDict):
 class OtherReleaseError(InputError):
     """Another release saved a checkpoint. It is not damaged, but this release cannot read it."""
 
+    failure_class = "environment"  # not permanent: the release that saved it runs the same job
+
 
 def read_manifest(folder: Path) -> CheckpointManifest:
     """Read a checkpoint's manifest.json.
@@ -92,7 +94,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         UserError: it is missing or invalid.
     """
     path = folder / MANIFEST
-    if (found := read_typed_json(path, _ManifestVersion, _USE_ANOTHER).get("schema_version", 1)) != SCHEMA_VERSION:
+    if (found := read_typed_json(path, _ManifestVersion, _USE_ANOTHER)["schema_version"]) != SCHEMA_VERSION:
         raise OtherReleaseError(
             f"{path} has schema version {found}, this release of longhaul reads version {SCHEMA_VERSION}",
             "finish the run with the release that saved it, or change `run` in the config: then all stages are trained again",

@@ -227,8 +227,9 @@ class CheckpointManager:
         """Return step and folder of the newest checkpoint whose files have their sizes and hashes; rename newer damaged ones."""
         if self._context.is_main:
             folders.clear_leftovers(self.folder)
-            for folder in folders.step_folders(self.folder).values():
-                if reason := folders.wrong_sizes(folder):
+            reasons = {folder: folders.wrong_sizes(folder) for folder in folders.step_folders(self.folder).values()}
+            for folder, reason in reasons.items():  # none is renamed if one is of another release
+                if reason:
                     self._set_aside(folder, reason)
         while checkpoints := self._complete():
             step = max(checkpoints)
