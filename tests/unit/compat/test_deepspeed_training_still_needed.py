@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,8 @@ from deepspeed.utils import mixed_precision_linkage, tensor_fragment
 from longhaul.compat import deepspeed as compat
 from longhaul.compat import deepspeed_optimizer_states as states
 from longhaul.compat.deepspeed_optimizer_step import update_in_one_pass
+from tests.support import one_rank_worker
+from tests.support.launch_ranks import launch_worker
 
 
 def source_of(*functions: Any) -> str:
@@ -102,6 +105,26 @@ def test_the_engine_has_no_communication_hook():
     for name in ("reduce_gradients", "allreduce_bucket", "flatten"):
         assert name in source_of(DeepSpeedZeroOptimizer)
     assert "self.use_grad_accum_attribute = True" in inspect.getsource(DeepSpeedZeroOptimizer.__init__)
+
+
+def test_gradients_of_one_rank_are_still_copied_to_be_averaged():
+    done = launch_worker(Path(one_rank_worker.__file__), 1, timeout_s=240)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    found = re.findall(r"^(\d \w+) (EQUAL|DIFFERENT) (\d+) (\d+)$", done.stdout, flags=re.MULTILINE)
+    assert [name for name, *_ in found] == ["1 bf16", "1 fp32", "2 bf16", "2 fp32"]
+    for name, bits, copies, copies_without in found:
+        assert bits == "EQUAL" and int(copies_without) < int(copies), name
+
+
+def test_gradients_are_averaged_if_one_group_has_other_ranks():
+    optimizer = SimpleNamespace(dp_process_group=1, real_dp_process_group=[1, 2], buffered_reduce_fallback="usual")
+    engine: Any = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 1)
+    with mock.patch("torch.distributed.get_world_size", side_effect=lambda ranks: ranks):
+        compat.average_nothing_over_one_rank(engine)
+        assert optimizer.buffered_reduce_fallback == "usual"
+        optimizer.real_dp_process_group = [1, 1]
+        compat.average_nothing_over_one_rank(engine)
+    assert optimizer.buffered_reduce_fallback("gradients") is None
 
 
 def test_no_public_function_says_which_elements_a_rank_owns():

@@ -162,6 +162,19 @@ def count_sliced_experts_in_gradient_norm(engine: Engine) -> None:
     engine.optimizer._grad_norm_counts_every_rank = lambda *_arguments: False
 
 
+def average_nothing_over_one_rank(engine: Engine) -> None:
+    """Leave gradients where they are if no other rank has some for the same weights. ZeRO 1 and 2.
+
+    Without contiguous buffers, DeepSpeed copies the gradients into a flat tensor, divides it by one, reduces it over one rank,
+    and copies it back.
+    """
+    if engine.zero_optimization_stage() not in (1, 2):
+        return
+    groups = (engine.optimizer.dp_process_group, *engine.optimizer.real_dp_process_group)
+    if all(torch.distributed.get_world_size(group) == 1 for group in groups):
+        engine.optimizer.buffered_reduce_fallback = lambda *_arguments, **_options: None
+
+
 def average_gradients_with(engine: Engine, average: Callable[[], None]) -> None:
     """Call `average` instead of DeepSpeed's own averaging of gradients over the data ranks. ZeRO 0 and 1.
 

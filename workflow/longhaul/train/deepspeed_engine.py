@@ -12,6 +12,7 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.deepspeed import (
     Engine,
+    average_nothing_over_one_rank,
     count_sliced_experts_in_gradient_norm,
     gather_whole_layers,
     unpartitioned_shape,
@@ -81,6 +82,7 @@ def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedCo
     )
     if mpu and job.stage.zero.stage == 3:
         count_sliced_experts_in_gradient_norm(engine)
+    average_nothing_over_one_rank(engine)
     return engine
 
 
