@@ -226,11 +226,27 @@ def test_fp8_is_refused_on_amd_gpus():
     )
 
 
-@pytest.mark.parametrize(("gpu", "is_refused"), [("a100", True), ("h100", False), ("gpu", False), (None, False)])
-def test_fp8_is_refused_on_a_known_gpu_without_it(gpu: str | None, is_refused: bool):
-    found = refusal(check_precision, tiny_stage(precision="fp8"), site(GPUS.model_copy(update={"gpu_type": gpu})))
-    expected = f"stages.base: precision fp8 on GPUs of type {gpu}, which do not multiply in FP8"
-    assert found == ((expected, "set precision to bf16, or use a partition with newer GPUs") if is_refused else None)
+OF_A100 = "with gpu_peak_tflops 312"
+# the site's gpu_type and gpu_peak_tflops, the GPUs that the message names
+FP8_GPUS: list[tuple[str | None, float | None, str | None]] = [
+    ("a100", None, "of type a100"),
+    ("a100", 989, "of type a100"),
+    ("gpu", 312, OF_A100),
+    (None, 312, OF_A100),
+    ("h100", 312, None),
+    (None, 989, None),
+    ("gpu", 165, None),
+    (None, None, None),
+]
+
+
+@pytest.mark.parametrize(("gpu", "peak", "named"), FP8_GPUS)
+def test_fp8_is_refused_on_a_known_gpu_without_it(gpu: str | None, peak: float | None, named: str | None):
+    """Most site files name no type of GPU, but all state the rate."""
+    partition = with_node(gpu_peak_tflops=peak).model_copy(update={"gpu_type": gpu})
+    found = refusal(check_precision, tiny_stage(precision="fp8"), site(partition))
+    expected = f"stages.base: precision fp8 on GPUs {named}, which do not multiply in FP8"
+    assert found == ((expected, "set precision to bf16, or use a partition with newer GPUs") if named else None)
 
 
 ON_DISK = {"stage": 3, "offload_optimizer": "cpu", "offload_param": "nvme"}

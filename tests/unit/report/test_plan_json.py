@@ -76,6 +76,6 @@ def test_notes_follow_the_tables() -> None:
         "template that writes them, or move them into content",
         "scale test before stage s: 25 steps on 2, 4 nodes; scale_test: off skips it",
         "scale test leaves out 1 node: too small",
-        "GPU-hours of stage s: from a; b. Nothing was measured with offload",
+        "GPU-hours of stage s: from a; b. None of these was measured with offload",
         "not known yet: c",
     ]

@@ -93,6 +93,13 @@ def datasheet(gpu_name: str) -> GpuDatasheet | None:
     return next((sheet for sheet in _DATASHEETS if re.search(sheet.name, gpu_name, re.IGNORECASE)), None)
 
 
+def multiplies_in_fp8(gpu_name: str | None, bf16_tflops: float | None) -> bool:
+    """Return False for a GPU that is known to have no FP8 units: by its name, or if that is not listed, by its dense rate."""
+    named = datasheet(gpu_name) if gpu_name else None
+    sheets = [named] if named else [sheet for sheet in _DATASHEETS if sheet.bf16_tflops == bf16_tflops]
+    return not sheets or any(sheet.has_fp8 for sheet in sheets)
+
+
 def peak_tflops(gpu_name: str) -> float | None:
     """Return the dense bf16 rate of a GPU in TFLOP/s; None for a GPU that is not listed."""
     found = datasheet(gpu_name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from longhaul.config.dataset_config import Dataset
 from longhaul.config.field_types import MAX_STEPS, HuggingFaceConfig
-from longhaul.config.gpu_datasheets import datasheet
+from longhaul.config.gpu_datasheets import datasheet, multiplies_in_fp8
 from longhaul.config.model_size import ModelSize
 from longhaul.config.parameter_counts import has_balancing_bias, sparse_layers
 from longhaul.config.partition_config import Partition
@@ -123,11 +123,11 @@ def _check_fp8(stage: Stage, site: Site) -> None:
         raise UserError(f"{where} on site {site.name}, which has no GPU", "set precision to bf16 or fp32")
     if site.accelerator.rocm:
         raise UserError(f"{where} on site {site.name}, which has AMD GPUs, is not supported", "set precision to bf16")
-    gpu = site.partition_for("gpu").gpu_type
-    sheet = datasheet(gpu) if gpu else None
-    if sheet and not sheet.has_fp8:
+    gpu, peak = site.partition_for("gpu").gpu_type, site.node.gpu_peak_tflops
+    if not multiplies_in_fp8(gpu, peak):
+        which = f"of type {gpu}" if gpu and datasheet(gpu) else f"with gpu_peak_tflops {peak:g}"
         raise UserError(
-            f"{where} on GPUs of type {gpu}, which do not multiply in FP8",
+            f"{where} on GPUs {which}, which do not multiply in FP8",
             "set precision to bf16, or use a partition with newer GPUs",
         )
     tokens = stage.micro_batch_size * stage.sequence_length // stage.parallel.sequence

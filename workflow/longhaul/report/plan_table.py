@@ -176,7 +176,9 @@ def _scale_test_notes(row: Row) -> Iterator[str]:
 def _hours_note(row: Row) -> str:
     note = f"GPU-hours of stage {row['name']}: from {'; '.join(row['gpu_hours_basis'])}"
     return (
-        f"{note}. Nothing was measured with {', '.join(missing)}" if (missing := row["gpu_hours_unmeasured"]) else note
+        f"{note}. None of these was measured with {', '.join(missing)}"
+        if (missing := row["gpu_hours_unmeasured"])
+        else note
     )
 
 
