@@ -74,7 +74,7 @@ def test_every_mfu_follows_from_the_published_tokens_per_second(tmp_path: Path):
             flops = sizes[row["name"].split(",")[0]].flops_per_token(row["features"]["sequence_length"])
             assert row["mfu"] == pytest.approx(tokens_per_s * flops / PEAK, abs=6e-4), row["name"]
             checked += 1
-    assert checked == 16
+    assert checked == 17
 
 
 def test_every_measurement_is_in_the_docs():
@@ -114,6 +114,12 @@ CASES: dict[str, tuple[dict[str, Any], tuple[float, float], tuple[str, ...]]] = 
     "one GPU, FP8": ({"precision": "fp8"}, (0.654, 0.654), ()),
     "one node, ZeRO 1": ({"gpus_per_node": 8}, (0.534, 0.534), ()),
     "one node, ZeRO 3": ({"zero": {"stage": 3}, "gpus_per_node": 8}, (0.347, 0.508), ()),
+    "one node, ZeRO 3, full recomputation": (
+        {"zero": {"stage": 3}, "activation_checkpointing": "full", "gpus_per_node": 8},
+        (0.347, 0.451),
+        (),
+    ),
+    "one GPU, full recomputation": ({"activation_checkpointing": "full"}, (0.547, 0.547), ("full recomputation",)),
     "one node, ZeRO 3, FP8": (
         {"precision": "fp8", "zero": {"stage": 3}, "gpus_per_node": 8},
         (FP8_GAIN * 0.347, FP8_GAIN * 0.508),

@@ -27,6 +27,7 @@ _TITLES: dict[str, Callable[[Any], str]] = {
     "long": lambda is_long: f"sequences {'longer' if is_long else 'shorter'} than {_LONG_SEQUENCE:,} tokens",
     "network": lambda network: f"{network} between nodes" if network != "none" else "one node",
     "compiled": lambda compiled: f"layers {'with' if compiled else 'without'} torch.compile",
+    "full_recompute": lambda is_full: f"{'full' if is_full else 'no full'} recomputation",
 }
 """Feature -> how the plan names its value. The order is the one in which features select measurements."""
 
@@ -113,6 +114,7 @@ def stage_features(stage: Stage, sizes: ModelSize, site: Site) -> dict[str, Any]
         "long": stage.sequence_length > _LONG_SEQUENCE,
         "network": "none" if stage.nodes == 1 else network,
         "compiled": stage.compiles_layers_on_gpus(any(sizes.is_sparse)),
+        "full_recompute": stage.activation_checkpointing in ("full", "offload"),
     }
 
 
@@ -120,6 +122,7 @@ def stage_features(stage: Stage, sizes: ModelSize, site: Site) -> dict[str, Any]
 def measured_speeds() -> tuple[dict[str, Any], ...]:
     """Return the measurements.
 
+    features.full_recompute: null where the source does not say
     features.compiled: null where other fused kernels take the place of torch.compile, or the source does not say
     mfu: of the card's peak in bf16, 989 TFLOP/s, with the FLOPs of ModelSize.training_flops; as published where tokens/s are not
     """
