@@ -1,21 +1,26 @@
-"""Trains a small model on one rank under ZeRO 1 and 2, as DeepSpeed does and without averaging over one rank.
+"""Trains a small model on one rank under ZeRO 1 and 2, with the trainer's engine and with DeepSpeed's averaging over one rank.
 
-For each stage and precision it prints "<stage> <precision> <EQUAL or DIFFERENT> <copies of DeepSpeed> <copies without>": whether
-the master weights have the same bits, and how many times gradients were copied into a flat tensor.
+For each stage and precision it prints "<stage> <precision> <EQUAL or DIFFERENT> <copies with averaging> <copies without>":
+whether the master weights have the same bits, and how many times gradients were copied into a flat tensor.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import tempfile
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from longhaul.compat.deepspeed import average_nothing_over_one_rank
 from longhaul.compat.deepspeed_ops import disable_shm_comm
+from longhaul.config.stage_config import Parallel, Zero
 from longhaul.runtime.process_rank import exit_without_cleanup
+from longhaul.train import deepspeed_engine
 from tests.parity.parity_cases import MODELS
 
 STEPS, MICRO_BATCHES, LENGTH = 3, 2, 16
@@ -34,9 +39,7 @@ def train(stage: int, precision: str, averages: bool) -> tuple[list[torch.Tensor
     (kind, keys), *_ = MODELS["qwen3"].items()
     torch.manual_seed(3)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys, use_cache=False)).train()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
-    if not averages:
-        average_nothing_over_one_rank(engine)
+    engine = _build_engine(config, model, averages)
     flatten, copies = engine.optimizer.flatten, [0]
 
     def counted(tensors: Any) -> torch.Tensor:
@@ -49,6 +52,20 @@ def train(stage: int, precision: str, averages: bool) -> tuple[list[torch.Tensor
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     return [part.detach().clone() for part in engine.optimizer.single_partition_of_fp32_groups], copies[0]
+
+
+def _build_engine(config: dict[str, Any], model: torch.nn.Module, averages: bool) -> Any:
+    """Return the trainer's engine; with `averages`, without the patch."""
+    zero = Zero(stage=config["zero_optimization"]["stage"])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        file.write(json.dumps(config))
+        file.flush()
+        job: Any = SimpleNamespace(deepspeed=file.name, stage=SimpleNamespace(zero=zero, parallel=Parallel()))
+        context: Any = SimpleNamespace(swap=None)
+        if not averages:
+            return deepspeed_engine.build_engine(job, model, context)
+        with mock.patch.object(deepspeed_engine, "skip_averaging_over_one_rank"):
+            return deepspeed_engine.build_engine(job, model, context)
 
 
 def main() -> None:

@@ -120,10 +120,10 @@ def test_gradients_are_averaged_if_one_group_has_other_ranks():
     optimizer = SimpleNamespace(dp_process_group=1, real_dp_process_group=[1, 2], buffered_reduce_fallback="usual")
     engine: Any = SimpleNamespace(optimizer=optimizer, zero_optimization_stage=lambda: 1)
     with mock.patch("torch.distributed.get_world_size", side_effect=lambda ranks: ranks):
-        compat.average_nothing_over_one_rank(engine)
+        compat.skip_averaging_over_one_rank(engine)
         assert optimizer.buffered_reduce_fallback == "usual"
         optimizer.real_dp_process_group = [1, 1]
-        compat.average_nothing_over_one_rank(engine)
+        compat.skip_averaging_over_one_rank(engine)
     assert optimizer.buffered_reduce_fallback("gradients") is None
 
 

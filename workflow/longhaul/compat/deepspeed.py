@@ -162,7 +162,7 @@ def count_sliced_experts_in_gradient_norm(engine: Engine) -> None:
     engine.optimizer._grad_norm_counts_every_rank = lambda *_arguments: False
 
 
-def average_nothing_over_one_rank(engine: Engine) -> None:
+def skip_averaging_over_one_rank(engine: Engine) -> None:
     """Leave gradients where they are if no other rank has some for the same weights. ZeRO 1 and 2.
 
     Without contiguous buffers, DeepSpeed copies the gradients into a flat tensor, divides it by one, reduces it over one rank,

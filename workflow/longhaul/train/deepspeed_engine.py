@@ -12,9 +12,9 @@ from typing_extensions import TypedDict
 from longhaul.artifacts.typed_json import read_typed_json
 from longhaul.compat.deepspeed import (
     Engine,
-    average_nothing_over_one_rank,
     count_sliced_experts_in_gradient_norm,
     gather_whole_layers,
+    skip_averaging_over_one_rank,
     unpartitioned_shape,
 )
 from longhaul.config.model_size import model_size
@@ -82,7 +82,7 @@ def build_engine(job: TrainSpec, module: torch.nn.Module, context: DistributedCo
     )
     if mpu and job.stage.zero.stage == 3:
         count_sliced_experts_in_gradient_norm(engine)
-    average_nothing_over_one_rank(engine)
+    skip_averaging_over_one_rank(engine)
     return engine
 
 
