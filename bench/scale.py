@@ -42,8 +42,9 @@ from longhaul.checks.pair_schedule import order_of_rounds, pairs_of_round, plann
 from longhaul.config.run_config import Checks
 from longhaul.jobs.launch_files import render_job
 from longhaul.runtime.rendezvous import host_key
-from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, SCHEMA_VERSION, read_manifest
+from longhaul.train.checkpoint.checkpoint_folders import MANIFEST, read_manifest
 from longhaul.train.verified_inputs import own_part
+from tests.support.checkpoint_manifest import manifest_fields
 from tests.support.healthy_node_facts import environment_job, two_gpu_nodes
 from tests.support.small_configs import plan_of
 
@@ -208,10 +209,9 @@ def _checkpoint(folder: Path, ranks: int) -> Measured:
     for rank, name in enumerate(names):
         (folder / name).write_bytes(rank.to_bytes(4, "little") * (CHECKPOINT_BYTES // ranks // 4))
     entries = {name: {"bytes": CHECKPOINT_BYTES // ranks, "blake3": file_blake3(folder / name)} for name in names}
-    rest = {"step": 1, "validation_loss": None, "has_reference_values": False, "world_size": ranks, "zero_stage": 1}
-    rest |= {"schema_version": SCHEMA_VERSION, "offload_optimizer": "none", "parallel": {}}
+    manifest = manifest_fields(entries, world_size=ranks, zero_stage=1)
     began_s = time.perf_counter()
-    write_json(folder / MANIFEST, {**rest, "files": entries})
+    write_json(folder / MANIFEST, manifest)
     wrote_s = time.perf_counter()
     files = {folder / name: entry["blake3"] for name, entry in read_manifest(folder)["files"].items()}
     read_s = time.perf_counter()

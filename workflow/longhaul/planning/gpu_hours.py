@@ -65,14 +65,15 @@ def estimate_mfu(stage: Stage, sizes: ModelSize, site: Site) -> MfuEstimate:
     """Return the MFU that trainings like this stage reached.
 
     Of the measurements of the same family of models (dense, mixture of experts), each feature in turn leaves those that agree
-    with the stage; a feature that no measurement shares is listed and leaves them all. If more features of a stage in FP8 were
-    measured in bf16, these measurements count, times the gain of FP8 on one GPU.
+    with the stage; a feature that no measurement shares is listed and leaves them all. For a stage in FP8, measurements in bf16
+    count if they share more features; their MFU is multiplied by the gain of FP8 on one GPU.
     """
     wanted = stage_features(stage, sizes, site)
     found = _most_alike(wanted)
     if wanted["precision"] == "fp8":
-        in_bf16, gain = _most_alike({**wanted, "precision": "bf16"}), _fp8_gain(wanted["family"])
+        in_bf16 = _most_alike({**wanted, "precision": "bf16"})
         if len(in_bf16.unmeasured) < len(found.unmeasured):
+            gain = _fp8_gain(wanted["family"])
             basis = (*in_bf16.basis, f"{gain:.2f} times as fast in FP8 (longhaul)")
             return replace(in_bf16, low=gain * in_bf16.low, high=gain * in_bf16.high, basis=basis)
     return found

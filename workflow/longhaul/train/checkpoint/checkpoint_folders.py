@@ -33,7 +33,7 @@ from longhaul.errors import InputError, UserError
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 2
-"""Version of manifest.json. The manifests of 2026-11-28, release 0.2.0, have none, and count as damaged."""
+"""Version of manifest.json. A manifest without it, as release 0.2.0 wrote them, counts as damaged."""
 _STEP = re.compile(r"step-(\d{8})")
 _USE_ANOTHER = "use another checkpoint"
 _RESTORE = "restore the file, or move its weights folder away"
